@@ -1,0 +1,195 @@
+"""What one experiment is: a frozen ``Run``, and the profiles that are made of them."""
+
+import hashlib
+import itertools
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+
+TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
+OBJECTS = (
+    "bottle",
+    "cable",
+    "capsule",
+    "hazelnut",
+    "metal_nut",
+    "pill",
+    "screw",
+    "toothbrush",
+    "transistor",
+    "zipper",
+)
+CATEGORIES = TEXTURES + OBJECTS
+DEMO_TEXTURES = ("brick", "fabric")
+DEMO_OBJECTS = ("coin", "gear")
+
+BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageNet features
+TRAINED = ("cutpaste", "cutpaste_scar", "cutpaste_3way")
+BACKBONES = ("resnet18", "efficientnet_lite0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One experiment, whole. The defaults are the paper's protocol and never change their meaning.
+
+    Lengths of scars are in pixels of a 256-pixel picture and scale with ``size``. Where the paper
+    is silent (translate, jitter, head, covariance, aspect draw) the default is our choice.
+    """
+
+    method: str
+    category: str
+    seed: int = 0
+    dataset: str = "mvtec"
+    size: int = 256  # pixels, both sides
+    updates: int = 65_536  # 256 "epochs" of 256 updates (A.1, footnote 5)
+    sources: int = 32  # source pictures a batch: 64 or 96 images with their copies (A.1)
+    learning_rate: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 3e-5
+    backbone: str = "resnet18"
+    init: str = "random"  # or "imagenet"
+    freeze_batchnorm: bool = False  # keep the backbone's BatchNorm as the initialisation has it
+    head: tuple[int, ...] = (512, 128)  # hidden widths of the projection head
+    translate: float = 0.125  # largest shift of every picture, a share of its side
+    jitter: tuple[float, ...] = (0.1, 0.1, 0.1, 0.0)  # of every picture: see augment.jitter
+    area: tuple[float, float] = (0.02, 0.15)  # of the patch, a share of the picture (A.2)
+    aspect: tuple[float, float] = (0.3, 3.3)  # of the patch: (0.3, 1) or (1, 3.3) (A.2)
+    scar_width: tuple[float, float] = (2, 16)
+    scar_length: tuple[float, float] = (10, 25)
+    scar_angle: float = 45.0  # degrees either way
+    patch_jitter: float = 0.1  # of what is pasted (A.2)
+    l2_normalise: bool = True  # features on the unit sphere before the Gaussian
+    reg_covar: float = 1e-6  # added to the covariance's diagonal
+    curve: int = 0  # points on the way at which the test AUROC is noted (never used to choose)
+    precision: str = "auto"  # "fp32", "bf16", or bf16 where the hardware multiplies in it
+
+    def __post_init__(self):
+        """Turn lists into tuples (as JSON gives them) and refuse what cannot be run."""
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        _one_of("method", self.method, BASELINES + TRAINED)
+        _one_of("backbone", self.backbone, BACKBONES)
+        _one_of("init", self.init, ("random", "imagenet"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        for name, least in (("size", 8), ("updates", 0), ("sources", 1), ("seed", 0), ("curve", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}")
+        if self.freeze_batchnorm and self.init == "random":
+            raise ValueError(
+                "freeze_batchnorm needs init='imagenet': random statistics say nothing"
+            )
+
+    @property
+    def id(self) -> str:
+        """Readable slug and a short hash of every field that differs from its default.
+
+        A field that is added later, with the old behaviour as its default, leaves ids as they are.
+        """
+        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+        return f"{self.method}-{self.category}-seed{self.seed}-{digest[:8]}"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Run":
+        """The run with these fields; ValueError names a field that this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}: written by another version of cplib")
+        return cls(**values)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: one of {', '.join(allowed)}")
+
+
+def grid(**axes) -> list[Run]:
+    """Every combination of the axes, each a value or a list of values, as runs."""
+    lists = [v if isinstance(v, list) else [v] for v in axes.values()]
+    return [Run(**dict(zip(axes, values, strict=True))) for values in itertools.product(*lists)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A named set of runs: which categories, methods and seeds, under which protocol."""
+
+    name: str
+    dataset: str
+    categories: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int
+    protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
+    pretrained_backbone: str = "resnet18"
+
+    def runs(self, methods=None, categories=None, seeds=None, **changes) -> list[Run]:
+        """The profile's runs, or those of the methods, categories and number of seeds named."""
+        return [
+            self.run(method, category, seed, **changes)
+            for category in (categories or self.categories)
+            for method in (methods or self.methods)
+            for seed in range(seeds or self.seeds)
+            if method != "pretrained" or seed == 0  # the same features whatever the seed
+        ]
+
+    def run(self, method: str, category: str, seed: int = 0, **changes) -> Run:
+        """One run under this profile's protocol; a baseline keeps only what it depends on."""
+        run = Run(
+            method=method,
+            category=category,
+            seed=seed,
+            dataset=self.dataset,
+            **(self.protocol | changes),
+        )
+        if method not in BASELINES:
+            return run
+        bare = Run(method=method, category=category, seed=seed, dataset=run.dataset)
+        bare = replace(bare, size=run.size, updates=0)
+        if method == "pretrained":
+            return replace(bare, init="imagenet", backbone=self.pretrained_backbone)
+        return bare
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="smoke",
+            dataset="demo",
+            categories=("brick", "gear"),
+            methods=BASELINES + TRAINED,
+            seeds=1,
+            protocol={"size": 64, "updates": 2, "sources": 4},
+            pretrained_backbone="efficientnet_lite0",
+        ),
+        Profile(
+            name="demo",
+            dataset="demo",
+            categories=DEMO_TEXTURES + DEMO_OBJECTS,
+            methods=BASELINES + TRAINED,
+            seeds=1,
+            protocol={"size": 128, "updates": 100, "sources": 16},
+            pretrained_backbone="efficientnet_lite0",
+        ),
+        Profile(
+            name="quick",
+            dataset="mvtec",
+            categories=CATEGORIES,
+            methods=BASELINES + TRAINED,
+            seeds=1,
+            protocol={
+                "updates": 256,
+                "learning_rate": 0.01,
+                "init": "imagenet",
+                "freeze_batchnorm": True,
+                "curve": 4,
+            },
+        ),
+        Profile(
+            name="paper",
+            dataset="mvtec",
+            categories=CATEGORIES,
+            methods=BASELINES + TRAINED,
+            seeds=5,
+        ),
+    )
+}

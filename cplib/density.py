@@ -1,0 +1,53 @@
+"""Gaussian density estimation on features (section 2.3, eq. 2)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def l2_normalise(z: Tensor) -> Tensor:
+    """Features (..., D) scaled to length one, as the authors' earlier code does."""
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """One Gaussian, or one for each leading index: ``mean`` (..., D), ``factor`` (..., D, D).
+
+    ``factor`` is the lower Cholesky factor of the covariance, in float64.
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def fit(cls, z: Tensor, *, reg_covar: float = 1e-6) -> "Gaussian":
+        """Maximum likelihood for features z (..., N, D), ``reg_covar`` added to the diagonal.
+
+        Raises ValueError if there are none, if one is not finite, or if the covariance is singular.
+        """
+        if z.shape[-2] == 0 or not torch.isfinite(z).all():
+            raise ValueError("a Gaussian needs at least one feature vector, all of them finite")
+        z = z.double()
+        mean = z.mean(-2)
+        centred = z - mean.unsqueeze(-2)
+        covariance = centred.mT @ centred / z.shape[-2]
+        covariance.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed.any():
+            raise ValueError(f"the covariance is singular: raise reg_covar (now {reg_covar:g})")
+        return cls(mean, factor)
+
+    def score(self, z: Tensor) -> Tensor:
+        """Anomaly score of z (..., N, D): half the squared Mahalanobis distance (eq. 2), (..., N)."""
+        centred = (z.double() - self.mean.unsqueeze(-2)).mT
+        whitened = torch.linalg.solve_triangular(self.factor, centred, upper=False)
+        return whitened.square().sum(-2) / 2
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """What ``score`` leaves out of the negative log density, the same for every picture, (...)."""
+        diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
+        return diagonal.log().sum(-1) + self.mean.shape[-1] * math.log(2 * math.pi) / 2

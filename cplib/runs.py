@@ -1,0 +1,200 @@
+"""One run, from its fields to its folder, and folders back into a table."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import sklearn
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from cplib import data
+from cplib.augment import METHODS
+from cplib.config import Run
+from cplib.density import Gaussian, l2_normalise
+from cplib.metrics import image_metrics
+from cplib.model import PretextNet, embed, weights_digest, weights_file
+from cplib.train import build, fit, uses_bf16
+
+RECORD_VERSION = 1
+
+
+def run_folder(run: Run, results: str | Path) -> Path:
+    """Where the run's record lies: ``results/runs/<run id>``."""
+    return Path(results) / "runs" / run.id
+
+
+def execute(
+    run: Run,
+    *,
+    data_root: str | Path,
+    results: str | Path,
+    device: str = "cpu",
+    weights: str | Path | None = None,
+    threads: int = 1,
+    deadline: float | None = None,
+) -> Path:
+    """Train, score and record one run; returns its folder. One that is there already is kept.
+
+    On a CPU the scores depend on nothing but the run, the data and the number of ``threads``.
+    The folder appears whole or not at all. Raises what ``load`` and ``fit`` raise.
+    """
+    folder = run_folder(run, results)
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _execute(run, folder, data_root, torch.device(device), weights, deadline)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _execute(run, folder, data_root, device, weights, deadline) -> Path:
+    train = data.load(data_root, run.category, "train", run.size)
+    test = data.load(data_root, run.category, "test", run.size)
+    checkpoint = folder.parent.parent / "checkpoints" / f"{run.id}.safetensors"
+
+    def auroc(net: PretextNet) -> dict:
+        scored = image_metrics(test.labels, score(run, net, train.pixels, test.pixels))
+        return {"image_auroc": scored["image_auroc"]}
+
+    if run.updates:
+        net, history = fit(
+            run,
+            train.pixels,
+            device,
+            checkpoint=checkpoint,
+            deadline=deadline,
+            weights=weights,
+            watch=auroc,
+        )
+    else:
+        net, history = build(run, weights).to(device).eval(), pd.DataFrame()
+    scores = score(run, net, train.pixels, test.pixels)
+    record = describe(run, train, test, history, device, weights)
+    _write(folder, net, record, history, test, scores)
+    checkpoint.unlink(missing_ok=True)
+    return folder
+
+
+def score(run: Run, net: PretextNet, normal: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Anomaly scores (N,) of uint8 ``pixels`` under a Gaussian of the ``normal`` ones (eq. 2)."""
+    z, z_test = embed(net, normal), embed(net, pixels)
+    if run.l2_normalise:
+        z, z_test = l2_normalise(z), l2_normalise(z_test)
+    return Gaussian.fit(z, reg_covar=run.reg_covar).score(z_test)
+
+
+def describe(run, train, test, history, device, weights) -> dict:
+    """The record of a run: its fields, and the machine, code, data and weights behind it."""
+    trained = len(history) > 0
+    seconds = round(float(history["seconds"].iloc[-1]), 2) if trained else 0.0
+    images = run.updates * run.sources * len(METHODS.get(run.method, ()))
+    file = weights_file(run.backbone, weights) if run.init == "imagenet" else None
+    return {
+        "version": RECORD_VERSION,
+        "run": asdict(run),
+        "environment": environment(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if trained and uses_bf16(run, device) else "fp32",
+        "git_commit": git_commit(),
+        "data": {"train": data.fingerprint(train), "test": data.fingerprint(test)},
+        "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,
+        "train_seconds": seconds,
+        "images_per_second": round(images / seconds, 2) if seconds else None,
+    }
+
+
+def environment() -> dict:
+    """Versions of what the numbers depend on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    return versions | {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)}
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: a GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}"
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, marked "-dirty" where edited; None outside git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _write(folder, net, record, history, test, scores) -> None:
+    """Write a run's folder under a temporary name, then rename it: complete or not there."""
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+    try:
+        table = {"file": test.names, "kind": test.kinds, "label": test.labels, "score": scores}
+        pd.DataFrame(table).to_csv(part / "scores.csv", index=False, float_format="%.9g")
+        history.to_csv(part / "history.csv", index=False, float_format="%.6g")
+        _write_json(part / "metrics.json", image_metrics(test.labels, scores))
+        _write_json(part / "run.json", record)
+        if len(history):
+            save_file(net.state_dict(), part / "model.safetensors")
+        part.chmod(0o755)
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if not folder.exists():  # else another process finished the same run first
+            raise
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read(folder: str | Path) -> tuple[Run, dict, dict]:
+    """A run, its whole record and its metrics; ValueError names a folder that is not a run."""
+    try:
+        record = json.loads((Path(folder) / "run.json").read_text())
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        if record["version"] != RECORD_VERSION:
+            raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
+        run = Run.from_dict(record["run"])
+        if run.id != Path(folder).name:
+            raise ValueError(f"the record inside is of {run.id}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not a run of this version ({error})") from error
+    return run, record, metrics
+
+
+def collect(results: str | Path, **where) -> pd.DataFrame:
+    """The finished runs in a results folder, a row each: id, fields, metrics, seconds.
+
+    ``where`` keeps the runs whose fields have these values. A folder that is not a run of this
+    version is named in a warning and left alone.
+    """
+    rows = []
+    for folder in sorted(Path(results).glob("runs/[!.]*")):
+        try:
+            run, record, metrics = read(folder)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        rows.append({"id": run.id, **asdict(run), **metrics, **_timing(record)})
+    table = pd.DataFrame(rows, columns=None if rows else ["id", *Run.__annotations__])
+    keep = pd.Series(True, index=table.index)
+    for name, value in where.items():
+        keep &= table[name] == value
+    return table[keep].reset_index(drop=True)
+
+
+def _timing(record: dict) -> dict:
+    return {k: record[k] for k in ("device", "precision", "train_seconds", "images_per_second")}
