@@ -123,7 +123,7 @@ def _scar_target(h, w, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor
 
 
 def _paste(x, source, target, inside, strength, generator) -> Tensor:
-    """Copy pixels ``source`` (B, K) to ``target`` (B, K) where ``inside``, their colours jittered."""
+    """Copy pixels ``source`` (B, K), jittered, to ``target`` (B, K) where ``inside``."""
     b, c, h, w = x.shape
     flat = x.flatten(2)
     k = source.shape[1]

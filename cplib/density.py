@@ -41,13 +41,13 @@ class Gaussian:
         return cls(mean, factor)
 
     def score(self, z: Tensor) -> Tensor:
-        """Anomaly score of z (..., N, D): half the squared Mahalanobis distance (eq. 2), (..., N)."""
+        """Anomaly scores (..., N) of z (..., N, D): half the squared distance of eq. 2."""
         centred = (z.double() - self.mean.unsqueeze(-2)).mT
         whitened = torch.linalg.solve_triangular(self.factor, centred, upper=False)
         return whitened.square().sum(-2) / 2
 
     @property
     def log_normaliser(self) -> Tensor:
-        """What ``score`` leaves out of the negative log density, the same for every picture, (...)."""
+        """What ``score`` leaves out of the negative log density: one number a Gaussian, (...)."""
         diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         return diagonal.log().sum(-1) + self.mean.shape[-1] * math.log(2 * math.pi) / 2

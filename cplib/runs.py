@@ -147,7 +147,8 @@ def _write(folder, net, record, history, test, scores) -> None:
         _write_json(part / "metrics.json", image_metrics(test.labels, scores))
         _write_json(part / "run.json", record)
         if len(history):
-            save_file(net.state_dict(), part / "model.safetensors")
+            state = {k: v.contiguous() for k, v in net.state_dict().items()}
+            save_file(state, part / "model.safetensors")
         part.chmod(0o755)
         os.rename(part, folder)
     except BaseException:

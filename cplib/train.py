@@ -182,7 +182,7 @@ def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tenso
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         Path(path).replace(Path(path).with_suffix(".broken"))
         print(f"{path}: not a checkpoint ({error}); training starts afresh")

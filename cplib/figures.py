@@ -1,0 +1,58 @@
+"""One style for every figure, saved by name."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.figure import Figure
+
+NAMES = {
+    "untrained": "untrained",
+    "pretrained": "ImageNet features",
+    "cutpaste": "CutPaste",
+    "cutpaste_scar": "CutPaste-scar",
+    "cutpaste_3way": "CutPaste-3way",
+}
+
+
+def use_style() -> None:
+    """The companion's look: seaborn's colour-blind palette, light grid, small type."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 72,
+            "savefig.dpi": 150,
+            "image.cmap": "viridis",
+            "svg.hashsalt": "cplib",
+        }
+    )
+
+
+def save_figure(fig: Figure, results: str | Path, name: str) -> Path:
+    """Write ``results/figures/<name>.png`` and ``.pdf``; returns the picture's path."""
+    folder = Path(results) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return folder / f"{name}.png"
+
+
+def image_grid(rows: dict[str, list], titles: list[str] | None = None, side: float = 1.5) -> Figure:
+    """Pictures in labelled rows; each is (3, H, W) or (H, W), uint8 or in [0, 1].
+
+    ``titles`` stand above the columns; ``side`` is a picture's width in inches.
+    """
+    columns = max(map(len, rows.values()))
+    size = (side * columns + 0.8, side * len(rows) + (0.3 if titles else 0))
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for ax, picture in zip(line, pictures, strict=False):
+            ax.imshow(picture.permute(1, 2, 0) if picture.ndim == 3 else picture, cmap="gray")
+    for ax, title in zip(axes[0], titles or [], strict=False):
+        ax.set_title(title, fontsize="small")
+    return fig

@@ -1,0 +1,155 @@
+"""The paper's numbers, and ours beside them: tidy tables, and as the paper prints them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cplib.config import DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, TEXTURES
+
+TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
+KEYS = ["method", "category", "metric"]
+COLUMNS = [*KEYS, "mean", "stderr", "seeds", "published_mean", "published_stderr"]
+
+
+def published(table: str) -> pd.DataFrame:
+    """The paper's numbers, percent: method, category, metric, published_mean, published_stderr.
+
+    ``table`` is a name such as ``table1_image_level``; KeyError for one that the paper lacks.
+    """
+    return pd.read_csv(TABLES[table])
+
+
+def groups(categories) -> dict[str, list[str]]:
+    """The averages of the paper's tables and the categories under each.
+
+    For the demo set these are its own textures and objects. ``average_measured`` is there when
+    only some of MVTec's categories are: an average that the paper does not print.
+    """
+    demo = set(categories) <= set(DEMO_TEXTURES + DEMO_OBJECTS)
+    textures, objects = (DEMO_TEXTURES, DEMO_OBJECTS) if demo else (TEXTURES, OBJECTS)
+    found = {
+        "average_texture": list(textures),
+        "average_object": list(objects),
+        "average_all": [*textures, *objects],
+    }
+    if set(categories) < set(found["average_all"]):
+        found["average_measured"] = [c for c in found["average_all"] if c in set(categories)]
+    return found
+
+
+def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
+    """Mean, standard error and number of seeds for every method, category and metric.
+
+    ``runs`` has a row a run, as ``collect`` gives them. The standard error of one seed is empty.
+    """
+    tidy = runs.melt(["method", "category", "seed"], list(metrics), "metric", "value").dropna()
+    cells = tidy.groupby(KEYS)["value"].agg(["mean", "sem", "count"]).reset_index()
+    return cells.rename(columns={"sem": "stderr", "count": "seeds"})
+
+
+def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFrame:
+    """The cells and the paper's averages of them: of means, and of standard errors (Table 1).
+
+    An average stands only where every category under it does.
+    """
+    rows = [cells]
+    for name, members in groups(cells["category"].unique()).items():
+        part = cells[cells["category"].isin(members)]
+        whole = part.groupby(["method", "metric"]).filter(lambda g, m=members: len(g) == len(m))
+        if len(whole):
+            spec = dict.fromkeys(columns, lambda v: v.mean(skipna=False)) | {"seeds": "min"}
+            spec = {k: v for k, v in spec.items() if k in whole}
+            rows.append(whole.groupby(["method", "metric"]).agg(spec).reset_index())
+            rows[-1]["category"] = name
+    return pd.concat(rows, ignore_index=True)
+
+
+def against_paper(
+    runs: pd.DataFrame,
+    table: str,
+    *,
+    methods: tuple[str, ...],
+    metrics: tuple[str, ...] = ("image_auroc",),
+) -> pd.DataFrame:
+    """Our runs beside the paper's table: the contract's tidy columns, in percent.
+
+    Every method stands in every category that was measured or published; what was not is empty.
+    """
+    ours = with_averages(summarise(runs[runs["method"].isin(methods)], metrics))
+    paper = published(table)
+    paper = paper[paper["metric"].isin(metrics)]
+    measured = list(runs["category"].unique())
+    if not set(measured) & {*TEXTURES, *OBJECTS}:  # the demo set has no published numbers
+        paper = paper.iloc[:0]
+    elif "average_measured" in groups(measured):
+        paper = pd.concat([paper, _average_measured(paper, measured)])
+    both = ours.merge(paper, on=KEYS, how="outer")
+    both = both[both["method"].isin(methods)][COLUMNS]
+    both["seeds"] = both["seeds"].astype("Int64")
+    order = [*TEXTURES, "average_texture", *OBJECTS, "average_object", "average_all"]
+    order += [*DEMO_TEXTURES, *DEMO_OBJECTS]
+    order = [*dict.fromkeys(order), *sorted(set(both["category"]) - set(order))]
+    return _sorted(both, method=methods, category=order, metric=metrics)
+
+
+def _average_measured(paper: pd.DataFrame, measured: list[str]) -> pd.DataFrame:
+    """The paper's own numbers averaged over the categories that we measured."""
+    part = paper[paper["category"].isin(measured)]
+    mean = part.groupby(["method", "metric"]).mean(numeric_only=True).reset_index()
+    return mean.assign(category="average_measured")
+
+
+def _sorted(table: pd.DataFrame, **orders) -> pd.DataFrame:
+    """Rows in the given order of each column's values."""
+    ranks = {k: {v: i for i, v in enumerate(order)} for k, order in orders.items()}
+    table = table.sort_values(list(orders), key=lambda c: c.map(ranks[c.name]))
+    return table.reset_index(drop=True)
+
+
+def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
+    """One metric as the paper prints it: categories down, methods across, "ours (paper's)"."""
+    part = table[table["metric"] == metric]
+    cells = part.assign(cell=[_cell(row) for row in part.itertuples()])
+    grid = cells.pivot(index="category", columns="method", values="cell")
+    rows, columns = part["category"].unique(), part["method"].unique()
+    return grid.reindex(index=rows, columns=columns).fillna("")
+
+
+def _cell(row) -> str:
+    ours = _number(row.mean, row.stderr)
+    theirs = _number(row.published_mean, row.published_stderr)
+    return f"{ours} ({theirs})" if ours and theirs else f"({theirs})" if theirs else ours
+
+
+def _number(mean, stderr) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.1f}" if pd.isna(stderr) else f"{mean:.1f}±{stderr:.1f}"
+
+
+def markdown(grid: pd.DataFrame) -> str:
+    """A table as GitHub's Markdown, the index first."""
+    head = [grid.index.name or "", *map(str, grid.columns)]
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([i, *row] for i, row in zip(grid.index, grid.values, strict=True)),
+    ]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -> Path:
+    """Write ``results/tables/<name>.csv``, tidy, and ``.md``, as the paper prints it.
+
+    ``note`` says under which protocol the numbers were measured and stands above the Markdown.
+    Returns the path of the CSV.
+    """
+    folder = Path(results) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"{note}\n", "Ours, then the paper's in brackets; percent, mean±standard error.\n"]
+    for metric in table["metric"].unique():
+        parts += [f"**{metric}**\n", markdown(wide(table, metric))]
+    (folder / f"{name}.md").write_text("\n".join(parts))
+    path = folder / f"{name}.csv"
+    table.to_csv(path, index=False, float_format="%.4f")
+    return path

@@ -1,0 +1,179 @@
+"""Where a notebook works: a profile, its data, its results, and the device, found in one place."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from cplib import data, runs, sweep
+from cplib.config import PROFILES, Profile, Run
+from cplib.demo import make_demo
+from cplib.model import weights_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UsageError(ValueError):
+    """Something asked for that is not there; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A profile with its categories, seeds, folders and device: what every notebook starts from."""
+
+    profile: Profile
+    categories: tuple[str, ...]
+    seeds: int
+    data: Path | None
+    results: Path
+    device: str
+    weights: Path | None
+    budget: float | None  # seconds
+
+    def runs(self, methods: tuple[str, ...] | None = None) -> list[Run]:
+        """The profile's runs for the categories and seeds at hand."""
+        return self.profile.runs(methods, self.categories, self.seeds)
+
+    def missing(self, methods: tuple[str, ...] | None = None) -> list[Run]:
+        """Those runs that are not in the results yet."""
+        return sweep.missing(self.runs(methods), self.results)
+
+    def execute(self, todo: list[Run], **options) -> list[sweep.Outcome]:
+        """Execute runs with this workspace's data, device and budget."""
+        if todo and self.data is None:
+            raise UsageError(f"{len(todo)} runs need data: set MVTEC_ROOT or pass --data DIR")
+        return sweep.execute_all(
+            todo,
+            data_root=self.data,
+            results=self.results,
+            device=self.device,
+            weights=self.weights,
+            budget=self.budget,
+            **options,
+        )
+
+    def collect(self, methods: tuple[str, ...] | None = None) -> pd.DataFrame:
+        """The finished ones among the profile's runs, a row each."""
+        table = runs.collect(self.results)
+        return table[table["id"].isin([run.id for run in self.runs(methods)])]
+
+    def load(self, category: str, split: str, size: int = 256) -> data.Images:
+        """One category's pictures."""
+        if self.data is None:
+            raise UsageError("no data set at hand: set MVTEC_ROOT or pass --data DIR")
+        return data.load(self.data, category, split, size)
+
+    def protocol(self) -> str:
+        """How the numbers were measured, in a line: stands beside every table."""
+        run = self.profile.run("cutpaste_3way", self.categories[0])
+        start = "ImageNet weights" if run.init == "imagenet" else "random weights"
+        if run.init == "imagenet" and (file := weights_file(run.backbone, self.weights)):
+            start += f" ({file.name})"
+        frozen = ", BatchNorm frozen" if run.freeze_batchnorm else ""
+        return (
+            f"Profile {self.profile.name}: {run.size} px, {run.updates} updates of "
+            f"{run.sources} source pictures, learning rate {run.learning_rate:g}, "
+            f"from {start}{frozen}, {self.seeds} seed{'s' * (self.seeds > 1)}."
+        )
+
+
+def open_workspace(
+    profile: str = "demo",
+    *,
+    data_root: str = "",
+    categories: str = "",
+    seeds: int = 0,
+    results: str = "",
+    device: str = "auto",
+    weights: str = "",
+    budget: str = "",
+    say: Callable[[str], None] = print,
+) -> Workspace:
+    """Find everything that a profile needs; an empty option means the profile's own.
+
+    The demo set is made where it is missing. MVTec AD is looked for in ``data_root``, then in
+    $MVTEC_ROOT; without it what needs no pictures still works. ``categories`` is a list with
+    commas, ``budget`` a time such as "45m". Raises UsageError for what is unknown or not there.
+    """
+    if profile not in PROFILES:
+        raise UsageError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]
+    folder = Path(results) if results else ROOT / "results" / profile
+    root = _data(chosen, data_root, say)
+    if weights and not Path(weights).is_dir():
+        raise UsageError(f"no such folder of weights: {weights}")
+    return Workspace(
+        profile=chosen,
+        categories=_categories(chosen, categories, root),
+        seeds=seeds or chosen.seeds,
+        data=root,
+        results=_writable(folder),
+        device=_device(device),
+        weights=Path(weights).resolve() if weights else None,
+        budget=parse_budget(budget),
+    )
+
+
+def _data(profile: Profile, data_root: str, say: Callable[[str], None]) -> Path | None:
+    if data_root or (profile.dataset != "demo" and os.environ.get("MVTEC_ROOT")):
+        root = Path(data_root or os.environ["MVTEC_ROOT"]).expanduser().resolve()
+        if not root.is_dir():
+            raise UsageError(f"no such data folder: {root}")
+        return root
+    if profile.dataset != "demo":
+        return None
+    root = ROOT / "data" / "demo"
+    if not root.exists():
+        say(f"making the demo data set in {root}")
+    return make_demo(root)
+
+
+def _categories(profile: Profile, wanted: str, root: Path | None) -> tuple[str, ...]:
+    """The categories named, else the profile's that are at hand."""
+    names = tuple(c.strip() for c in wanted.split(",") if c.strip())
+    if root is None:
+        unknown = [c for c in names if c not in profile.categories]
+        there = list(profile.categories)
+    else:
+        there = data.categories(root)
+        unknown = [c for c in names if c not in there]
+    if unknown:
+        raise UsageError(f"unknown category {unknown[0]!r}: one of {', '.join(there)}")
+    return names or tuple(c for c in profile.categories if c in there) or tuple(there)
+
+
+def _writable(folder: Path) -> Path:
+    """The results folder, made if need be and shown to take a file."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write results to {folder}: {error.strerror}") from error
+    return folder.resolve()
+
+
+def _device(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}: one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here: use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def parse_budget(text: str) -> float | None:
+    """Seconds from "90s", "45m" or "1.5h"; None from nothing."""
+    if not text:
+        return None
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1])
+    try:
+        seconds = float(text[:-1]) * unit
+    except (TypeError, ValueError):
+        seconds = -1
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"not a time: {text!r} (write 90s, 45m or 2h)")
+    return seconds
