@@ -6,6 +6,8 @@ every picture; the input is never modified. Section and appendix numbers are the
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,19 +41,29 @@ def cutpaste(
     ``area`` is a share of the picture; the aspect ratio is drawn from (aspect[0], 1) or
     (1, aspect[1]) with equal chance.
     """
-    b, _, h, w = x.shape
-    height, width = _patch_sizes(b, h, w, area, aspect, generator)
-    source_y, source_x = _corner(h - height, generator), _corner(w - width, generator)
-    target_y, target_x = _corner(h - height, generator), _corner(w - width, generator)
-    k = torch.arange(int(area[1] * h * w), device=x.device)  # pixels of the patch, row by row
+    height, width = _patch_sizes(x, area, aspect, generator)
+    source, inside = _placed(x, height, width, area[1], generator)
+    target, _ = _placed(x, height, width, area[1], generator)
+    return _write(x, target, inside, _jittered(_read(x, source), inside, jitter, generator))
+
+
+def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
+    """Rectangles at random places, wholly inside: their pixels' positions, row by row (B, K).
+
+    A picture is flat here. K is the pixel count of the ``largest`` share of it; the mask says
+    which of the K belong to the rectangle.
+    """
+    h, w = x.shape[2:]
+    y, left = _corner(h - height, generator), _corner(w - width, generator)
+    k = torch.arange(int(largest * h * w), device=x.device)
     row, column = k // width, k % width
-    source = (source_y + row) * w + source_x + column
-    target = (target_y + row) * w + target_x + column
-    return _paste(x, source, target, row < height, jitter, generator)
+    inside = row < height
+    return torch.where(inside, (y + row) * w + left + column, 0), inside
 
 
-def _patch_sizes(n, h, w, area, aspect, generator) -> tuple[Tensor, Tensor]:
-    """Heights and widths (n, 1) in pixels: the area strictly in its range, the aspect rounded."""
+def _patch_sizes(x, area, aspect, generator) -> tuple[Tensor, Tensor]:
+    """Heights and widths (B, 1) in pixels: the area strictly in its range, the aspect rounded."""
+    n, _, h, w = x.shape
     low, high = area[0] * h * w, area[1] * h * w
     if high < 1:
         raise ValueError(f"a picture of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
@@ -80,19 +92,19 @@ def cutpaste_scar(
 
     ``width`` and ``length`` are in pixels, ``angle`` in degrees either way.
     """
-    b, _, h, w = x.shape
-    scar_w, scar_l, turn = _scar_sizes(b, h, w, width, length, angle, generator)
-    source_y, source_x = _corner(h - scar_l, generator), _corner(w - scar_w, generator)
-    target, u, v = _scar_target(h, w, scar_w, scar_l, turn, (width[1], length[1]), generator)
-    inside = (u.abs() < scar_w / 2) & (v.abs() < scar_l / 2)
-    column = (u + scar_w / 2).floor().clamp(min=0).minimum(scar_w - 1)
-    row = (v + scar_l / 2).floor().clamp(min=0).minimum(scar_l - 1)
-    source = (source_y + row.long()) * w + source_x + column.long()
-    return _paste(x, source, target, inside, jitter, generator)
+    h, w = x.shape[2:]
+    scar_w, scar_l, turn = _scar_sizes(x, width, length, angle, generator)
+    target, inside, u, v = _scar_target(x, scar_w, scar_l, turn, (width[1], length[1]), generator)
+    y, left = _corner(h - scar_l, generator), _corner(w - scar_w, generator)
+    column = (u + scar_w / 2).floor().clamp(min=0).minimum(scar_w - 1).long()
+    row = (v + scar_l / 2).floor().clamp(min=0).minimum(scar_l - 1).long()
+    patch = _read(x, (y + row) * w + left + column)
+    return _write(x, target, inside, _jittered(patch, inside, jitter, generator))
 
 
-def _scar_sizes(n, h, w, width, length, angle, generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Widths and lengths (n, 1) in whole pixels, turns (n, 1) in radians."""
+def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Widths and lengths (B, 1) in whole pixels, turns (B, 1) in radians."""
+    n, _, h, w = x.shape
     if math.hypot(width[1], length[1]) > min(h, w):
         raise ValueError(
             f"a picture of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
@@ -102,36 +114,119 @@ def _scar_sizes(n, h, w, width, length, angle, generator) -> tuple[Tensor, Tenso
     return scar_w, scar_l, torch.deg2rad(_uniform(-angle, angle, n, generator))
 
 
-def _scar_target(h, w, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, Tensor, Tensor]:
+def _scar_target(x, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, ...]:
     """A square of pixels that holds the turned scar, wholly inside the picture.
 
-    Returns the flat positions (n, K) of these pixels, and where each lies in the scar's own,
-    unturned frame: ``u`` across and ``v`` along it, in pixels from its centre.
+    Returns the flat positions (B, K) of these pixels, which of them are the scar's, and where each
+    lies in its own, unturned frame: ``u`` across and ``v`` along it, in pixels from its centre.
     """
-    n, cos, sin = len(turn), turn.cos(), turn.sin()
+    n, _, h, w = x.shape
+    cos, sin = turn.cos(), turn.sin()
     half_y = (scar_l * cos.abs() + scar_w * sin.abs()) / 2
     half_x = (scar_l * sin.abs() + scar_w * cos.abs()) / 2
     centre_y = _uniform(half_y, h - half_y, n, generator)
     centre_x = _uniform(half_x, w - half_x, n, generator)
     side = math.ceil(math.hypot(*largest)) + 1
-    k = torch.arange(side * side, device=turn.device)
+    k = torch.arange(side * side, device=x.device)
     y = (centre_y - side / 2).floor() + k // side
-    x = (centre_x - side / 2).floor() + k % side
-    dy, dx = y + 0.5 - centre_y, x + 0.5 - centre_x
-    flat = y.clamp(0, h - 1).long() * w + x.clamp(0, w - 1).long()
-    return flat, cos * dx + sin * dy, cos * dy - sin * dx
+    column = (centre_x - side / 2).floor() + k % side
+    dy, dx = y + 0.5 - centre_y, column + 0.5 - centre_x
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    flat = y.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
+    return flat, (u.abs() < scar_w / 2) & (v.abs() < scar_l / 2), u, v
 
 
-def _paste(x, source, target, inside, strength, generator) -> Tensor:
-    """Copy pixels ``source`` (B, K), jittered, to ``target`` (B, K) where ``inside``."""
-    b, c, h, w = x.shape
-    flat = x.flatten(2)
-    k = source.shape[1]
-    patch = flat.gather(2, source.clamp(max=h * w - 1).unsqueeze(1).expand(b, c, k))
-    patch = jitter(patch, generator, strength=(strength,) * 4, weight=inside)
+def _read(x: Tensor, source: Tensor) -> Tensor:
+    """The pixels (B, C, K) at flat positions ``source`` (B, K)."""
+    return x.flatten(2).gather(2, source.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def _write(x: Tensor, target: Tensor, inside: Tensor, patch: Tensor) -> Tensor:
+    """The pictures with ``patch`` (B, C, K or 1) at flat positions ``target``, where ``inside``."""
+    h, w = x.shape[2:]
     # One pixel more than the picture has takes what lies outside the patch: no branches, no sync.
-    target = torch.where(inside, target, h * w).unsqueeze(1).expand(b, c, k)
-    return F.pad(flat, (0, 1)).scatter(2, target, patch)[..., : h * w].unflatten(2, (h, w))
+    target = torch.where(inside, target, h * w).unsqueeze(1).expand(-1, x.shape[1], -1)
+    padded = F.pad(x.flatten(2), (0, 1)).scatter(2, target, patch.expand(target.shape))
+    return padded[..., : h * w].unflatten(2, (h, w))
+
+
+def _jittered(patch: Tensor, inside: Tensor, strength: float, generator) -> Tensor:
+    return jitter(patch, generator, strength=(strength,) * 4, weight=inside)
+
+
+def cutpaste_union(
+    x: Tensor, generator: torch.Generator, *, patch: dict | None = None, thin: dict | None = None
+) -> Tensor:
+    """CutPaste or CutPaste-scar, a fair coin for each picture (5.2).
+
+    ``patch`` holds options for the one, ``thin`` for the other.
+    """
+    pasted = cutpaste(x, generator, **(patch or {}))
+    scarred = cutpaste_scar(x, generator, **(thin or {}))
+    return torch.where((_uniform(0, 1, len(x), generator) < 0.5).view(-1, 1, 1, 1), pasted, scarred)
+
+
+def cutout(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    fill: str = "grey",
+    area: tuple[float, float] = (0.02, 0.15),
+    aspect: tuple[float, float] = (0.3, 3.3),
+) -> Tensor:
+    """Fill a rectangle like CutPaste's with one colour a picture (4.1, 5.1).
+
+    ``fill`` is "grey", "mean" (the picture's own mean colour) or "color" (at random).
+    """
+    height, width = _patch_sizes(x, area, aspect, generator)
+    target, inside = _placed(x, height, width, area[1], generator)
+    if fill == "color":
+        colour = _colour(x, generator)
+    else:
+        colour = x.mean((2, 3))[..., None] if fill == "mean" else x.new_full((1, 1, 1), 0.5)
+    return _write(x, target, inside, colour)
+
+
+def _colour(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A random colour for each picture, (B, C, 1)."""
+    return torch.rand(*x.shape[:2], 1, generator=generator, device=x.device)
+
+
+def confetti(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    strength: float = 0.5,
+    area: tuple[float, float] = (0.02, 0.15),
+    aspect: tuple[float, float] = (0.3, 3.3),
+) -> Tensor:
+    """Shift the colour of a local patch, which stays where it is (5.1, after FCDD's noise).
+
+    The shift is one random colour a picture, up to ``strength`` either way in each channel.
+    """
+    height, width = _patch_sizes(x, area, aspect, generator)
+    target, inside = _placed(x, height, width, area[1], generator)
+    shift = (2 * _colour(x, generator) - 1) * strength
+    return _write(x, target, inside, (_read(x, target) + shift).clamp(0, 1))
+
+
+def scar(
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    width: tuple[float, float] = (2, 16),
+    length: tuple[float, float] = (10, 25),
+    angle: float = 45.0,
+) -> Tensor:
+    """Draw a long, thin, turned rectangle of one random colour a picture (2.2, 4.1)."""
+    sizes = _scar_sizes(x, width, length, angle, generator)
+    target, inside, _, _ = _scar_target(x, *sizes, (width[1], length[1]), generator)
+    return _write(x, target, inside, _colour(x, generator))
+
+
+def rotate(quarters: int) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """The augmentation that turns square pictures by so many quarters (4.1)."""
+    return lambda x, generator: x.rot90(quarters, (2, 3))
 
 
 def jitter(
@@ -207,11 +302,18 @@ def normal(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-# A method is its classes: class i of the pretext task is what the i-th function makes of a picture.
+# A method is its classes: class i of the pretext task is what the i-th function makes of it.
 METHODS = {
-    "cutpaste": (normal, cutpaste),
-    "cutpaste_scar": (normal, cutpaste_scar),
-    "cutpaste_3way": (normal, cutpaste, cutpaste_scar),
+    "rotation": {f"rotate_{90 * k}": rotate(k) for k in range(4)},
+    "cutout": {"normal": normal, "cutout": cutout},
+    "cutout_mean": {"normal": normal, "cutout": partial(cutout, fill="mean")},
+    "cutout_color": {"normal": normal, "cutout": partial(cutout, fill="color")},
+    "scar": {"normal": normal, "scar": scar},
+    "confetti": {"normal": normal, "confetti": confetti},
+    "cutpaste": {"normal": normal, "cutpaste": cutpaste},
+    "cutpaste_scar": {"normal": normal, "cutpaste_scar": cutpaste_scar},
+    "cutpaste_union": {"normal": normal, "cutpaste_union": cutpaste_union},
+    "cutpaste_3way": {"normal": normal, "cutpaste": cutpaste, "cutpaste_scar": cutpaste_scar},
 }
 
 
@@ -225,6 +327,6 @@ def pretext_batch(
     """
     options = options or {}
     classes = METHODS[method]
-    images = [make(x, generator, **options.get(make.__name__, {})) for make in classes]
+    images = [make(x, generator, **options.get(name, {})) for name, make in classes.items()]
     labels = torch.arange(len(classes), device=x.device).repeat_interleave(len(x))
     return torch.cat(images), labels

@@ -9,9 +9,21 @@ from matplotlib.figure import Figure
 NAMES = {
     "untrained": "untrained",
     "pretrained": "ImageNet features",
+    "rotation": "Rotation",
+    "cutout": "Cutout",
+    "cutout_mean": "Cutout (mean)",
+    "cutout_color": "Cutout (random colour)",
+    "scar": "Scar",
+    "confetti": "Confetti",
     "cutpaste": "CutPaste",
     "cutpaste_scar": "CutPaste-scar",
+    "cutpaste_union": "Binary (union)",
     "cutpaste_3way": "CutPaste-3way",
+    "ensemble": "Ensemble",
+    "docc": "DOCC (quoted)",
+    "u_student": "U-Student (quoted)",
+    "p_svdd": "P-SVDD (quoted)",
+    "fcdd": "FCDD (quoted)",
 }
 
 

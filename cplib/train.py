@@ -58,7 +58,16 @@ def options(run: Run) -> dict[str, dict]:
         "angle": run.scar_angle,
         "jitter": run.patch_jitter,
     }
-    return {"cutpaste": patch, "cutpaste_scar": scar}
+    plain = {k: v for k, v in patch.items() if k != "jitter"}
+    line = {k: v for k, v in scar.items() if k != "jitter"}
+    return {
+        "cutpaste": patch,
+        "cutpaste_scar": scar,
+        "cutpaste_union": {"patch": patch, "thin": scar},
+        "cutout": plain,
+        "confetti": plain,
+        "scar": line,
+    }
 
 
 def learning_rate(run: Run, update: int) -> float:
