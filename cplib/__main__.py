@@ -1,13 +1,15 @@
-"""The command line: ``python -m cplib notebooks`` executes the notebooks (see run_all.sh)."""
+"""The command line: ``python -m cplib``; run_all.sh calls its ``notebooks``."""
 
 import argparse
 import sys
 
+from cplib import runs
 from cplib.notebooks import run_notebooks
+from cplib.sweep import ENGINES
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, as run_all.sh shows them."""
+    """The commands and their options."""
     top = argparse.ArgumentParser(prog="cplib", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("notebooks", prog="./run_all.sh", allow_abbrev=False)
@@ -17,19 +19,32 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, default=0, help="how many (default: the profile's)")
     run.add_argument("--only", default="", help="NN,NN: only these notebooks")
     run.add_argument("--from", dest="start", default="", help="NN: from this notebook on")
+    run.add_argument("--engine", default="local", choices=ENGINES, help="local (default) or ray")
     run.add_argument("--budget", default="", help="stop training after 90s, 45m, 2h")
     run.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     run.add_argument("--weights", default="", help="folder of ImageNet weights")
     run.add_argument("--results", default="", help="where to write (default: results/PROFILE)")
+    again = commands.add_parser("rerun", help="repeat a stored run and compare its scores")
+    again.add_argument("folder", help="results/PROFILE/runs/RUN_ID")
+    again.add_argument("--data", required=True, help="folder in the MVTec layout")
+    again.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    again.add_argument("--weights", default=None, help="folder of ImageNet weights")
     return top
 
 
+def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
+    """Repeat a run and say whether its scores came out the same."""
+    same, line = runs.rerun(folder, data_root=data, device=device, weights=weights)
+    print(f"{folder}: {'the same' if same else 'NOT the same'} ({line})")
+    return 0 if same else 1
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 1 if a notebook failed, 2 if it was asked for wrongly."""
+    """Run a command; 0 if all went well, 1 if not, 2 if it was asked for wrongly."""
     options = vars(parser().parse_args(argv))
-    del options["command"]
+    command = {"notebooks": run_notebooks, "rerun": rerun}[options.pop("command")]
     try:
-        return run_notebooks(**options)
+        return command(**options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
     """
     h, w = x.shape[2:]
     y, left = _corner(h - height, generator), _corner(w - width, generator)
-    k = torch.arange(int(largest * h * w), device=x.device)
+    k = torch.arange(int(largest * h * w + 1e-6), device=x.device)  # 0.15 * 180 is 26.999...
     row, column = k // width, k % width
     inside = row < height
     return torch.where(inside, (y + row) * w + left + column, 0), inside

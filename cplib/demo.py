@@ -29,7 +29,7 @@ DEFECTS = {
     "brick": ("buckled", "crack", "missing_mortar"),
     "fabric": ("broken_thread", "hole", "shifted_row"),
     "coin": ("dent", "scratch", "worn"),
-    "gear": ("missing_hole", "missing_tooth", "scratch"),
+    "gear": ("missing_tooth", "rust", "scratch"),
 }
 # Changes that cover an area; the others are lines and outlines.
 AREAS = ("buckled", "dent", "hole", "shifted_row", "worn")
@@ -63,11 +63,12 @@ def make_demo(
     size: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Write the data set below `root` and return it: per category, `train` + `good` normal RGB
-    pictures and `defective` spread over the kinds, of `size` pixels; same arguments, same bytes.
+    """Write the demo set, RGB pictures of `size` pixels, below `root` and return `root`.
 
-    A complete folder made with the same arguments is left as it is. Raises FileExistsError where
-    `root` holds anything else, ValueError for counts or a size that make no data set.
+    Every category gets `train` + `good` normal pictures, and `defective` ones spread over its
+    kinds; the same arguments give the same bytes. A complete folder made with the same arguments
+    is left as it is. Raises FileExistsError where `root` holds anything else, ValueError for
+    counts or a size that make no data set.
     """
     root = Path(root)
     wanted = {"train": train, "good": good, "defective": defective, "size": size, "seed": seed}
@@ -341,7 +342,7 @@ def _relief() -> tuple[Array, Array]:
 
 
 def _coin(rng: Rng, flaw: Rng, kind: str, size: int) -> Array:
-    turn, zoom, middle = rng.normal(0, 0.14), rng.uniform(3.05, 3.3), 128 + rng.uniform(-14, 14, 2)
+    turn, zoom, middle = rng.normal(0, 0.12), rng.uniform(3.1, 3.3), 128 + rng.uniform(-8, 8, 2)
     tint, felt = _tint(rng, (275, 255, 219), 0.04) / 255, _tint(rng, (62, 68, 76), 0.05)
     relief, tarnish = rng.uniform(0.9, 1.1), rng.normal(0, 8, (3, 3))
     where, shade = _dent(_grid(size), middle, flaw) if kind == "dent" else (_grid(size), 1.0)
@@ -372,14 +373,14 @@ def _dent(where: Array, middle: Array, rng: Rng) -> tuple[Array, Array]:
 
 def _wear(face: Array, rng: Rng, middle: Array) -> Array:
     y, x = _grid(len(face)) - _around(rng, middle, 10, 42)[:, None, None]
-    radius = rng.uniform(34, 46)
+    radius = rng.uniform(36, 50)
     soft = 1 - _step(np.hypot(y, x * rng.uniform(0.8, 1.2)), 0.6 * radius, 1.25 * radius)
-    return face + (ndi.gaussian_filter(face, 11 * len(face) / 256) + 4 - face) * soft
+    return face + (ndi.gaussian_filter(face, 11 * len(face) / 256) + 14 - face) * soft
 
 
 def _gear(rng: Rng, flaw: Rng, kind: str, size: int) -> Array:
-    turn, glint, middle = rng.normal(0, 0.05), rng.normal(0.8, 0.12), 128 + rng.uniform(-11, 11, 2)
-    steel, bench = _tint(rng, (150, 156, 166), 0.03), _tint(rng, (206, 200, 188), 0.03)
+    turn, glint, middle = rng.normal(0, 0.05), rng.normal(0.8, 0.12), 128 + rng.uniform(-6, 6, 2)
+    steel, bench = _tint(rng, (150, 156, 166), 0.02), _tint(rng, (206, 200, 188), 0.02)
     y, x = _grid(size) - middle[:, None, None]
     r, angle = np.hypot(y, x), np.arctan2(y, x) - turn
     cover = _plate(r, angle, flaw, kind)
@@ -391,7 +392,17 @@ def _gear(rng: Rng, flaw: Rng, kind: str, size: int) -> Array:
     soft = ndi.gaussian_filter(cover * (1 + 0.6 * (1 - _step(r, 35, 37))), 1.6 * size / 256)
     slopes = np.gradient(soft, 256 / size)
     face = (face + 1.6 * slopes[0] + 1.1 * slopes[1]).clip(0.15)
-    return _mix(_cast(cover, bench, 0.55), face[..., None] * steel, cover)
+    metal = face[..., None] * steel
+    if kind == "rust":
+        metal = _mix(metal, (104, 58, 34), 0.9 * _blotch(flaw, middle, size))
+    return _mix(_cast(cover, bench, 0.55), metal, cover)
+
+
+def _blotch(rng: Rng, middle: Array, size: int) -> Array:
+    """A ragged, mottled spot in 0..1 over the ring that carries the holes."""
+    y, x = _grid(size) - _around(rng, middle, 45, 80)[:, None, None]
+    rough = sum(ndi.zoom(rng.normal(0, 0.2, (n, n)), size / n, order=1) for n in (8, 16))
+    return _step(1 - np.hypot(y, x) / rng.uniform(24, 36) + rough, 0.05, 0.6)
 
 
 def _plate(r: Array, angle: Array, rng: Rng, kind: str) -> Array:
@@ -403,8 +414,7 @@ def _plate(r: Array, angle: Array, rng: Rng, kind: str) -> Array:
         away = np.abs((tooth - rng.integers(teeth) + teeth / 2) % teeth - teeth / 2)
         height = height * np.where(away < 0.5, rng.uniform(0, 0.25), 1)
     cover = 1 - _step(r - 83 - 24 * height, -edge, edge)
-    spare = rng.integers(6) if kind == "missing_hole" else -1
-    for k in set(range(6)) - {spare}:
+    for k in range(6):
         y, x = r * np.sin(angle - k * np.pi / 3), r * np.cos(angle - k * np.pi / 3) - 57
         cover = cover * _step(np.hypot(y, x) - 14, -edge, edge)
     key = np.maximum(np.abs(r * np.sin(angle)) - 6, np.abs(r * np.cos(angle) - 14) - 7)

@@ -14,6 +14,7 @@ import papermill
 from cplib.workspace import ROOT, UsageError, Workspace, open_workspace
 
 NOTEBOOKS = ROOT / "notebooks"
+LONG = 1_000_000  # images to train on, from which the cost is shown first
 
 
 def run_notebooks(*, only: str = "", start: str = "", profile: str = "demo", **options) -> int:
@@ -31,14 +32,18 @@ def run_notebooks(*, only: str = "", start: str = "", profile: str = "demo", **o
         "profile": profile,
         "data": relative(workspace.data),
         "categories": ",".join(workspace.categories),
-        "seeds": workspace.seeds,
+        "seeds": workspace.seeds or 0,
         "results": relative(workspace.results),
         "device": workspace.device,
         "weights": relative(workspace.weights),
+        "engine": workspace.engine,
     }
     deadline = time.time() + workspace.budget if workspace.budget else None
     print(f"profile {profile}: {', '.join(workspace.categories)}; device {workspace.device}")
     print(f"results in {workspace.results}", flush=True)
+    cost = workspace.estimate()
+    if cost["images"].sum() > LONG:
+        print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
     failed = []
     for path in chosen:
         left = f"{max(1, deadline - time.time()):.0f}s" if deadline else ""
@@ -75,6 +80,7 @@ def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:
                 parameters,
                 cwd=NOTEBOOKS,
                 progress_bar=False,
+                coalesce_streams=True,
                 kernel_name="python3",
             )
     except papermill.PapermillExecutionError as error:

@@ -40,11 +40,15 @@ def groups(categories) -> dict[str, list[str]]:
 def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
     """Mean, standard error and number of seeds for every method, category and metric.
 
-    ``runs`` has a row a run, as ``collect`` gives them. The standard error of one seed is empty.
+    ``runs`` has a row a run, as ``collect`` gives them, or an ensemble of ``members`` of them. The
+    standard error of one value is empty.
     """
-    tidy = runs.melt(["method", "category", "seed"], list(metrics), "metric", "value").dropna()
-    cells = tidy.groupby(KEYS)["value"].agg(["mean", "sem", "count"]).reset_index()
-    return cells.rename(columns={"sem": "stderr", "count": "seeds"})
+    runs = runs.assign(members=runs["members"].fillna(1) if "members" in runs else 1)
+    tidy = runs.melt([*KEYS[:2], "members"], list(metrics), "metric", "value")
+    tidy["value"] = tidy["value"].astype(float)
+    cells = tidy.dropna(subset="value").groupby(KEYS)
+    cells = cells.agg(mean=("value", "mean"), stderr=("value", "sem"), seeds=("members", "sum"))
+    return cells.reset_index()
 
 
 def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFrame:

@@ -20,11 +20,13 @@ from cplib import data
 from cplib.augment import METHODS
 from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.metrics import image_metrics
+from cplib.metrics import IMAGE_METRICS, image_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
 from cplib.train import build, fit, uses_bf16
 
 RECORD_VERSION = 1
+TOLERANCE = 0.1  # of the scores' standard deviation, between devices
+TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
 def run_folder(run: Run, results: str | Path) -> Path:
@@ -189,13 +191,58 @@ def collect(results: str | Path, **where) -> pd.DataFrame:
         except ValueError as error:
             warnings.warn(str(error), stacklevel=2)
             continue
-        rows.append({"id": run.id, **asdict(run), **metrics, **_timing(record)})
-    table = pd.DataFrame(rows, columns=None if rows else ["id", *Run.__annotations__])
+        rows.append({"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}})
+    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *TIMING]
+    table = pd.DataFrame(rows, columns=None if rows else columns)
     keep = pd.Series(True, index=table.index)
     for name, value in where.items():
         keep &= table[name] == value
     return table[keep].reset_index(drop=True)
 
 
-def _timing(record: dict) -> dict:
-    return {k: record[k] for k in ("device", "precision", "train_seconds", "images_per_second")}
+def ensemble(results: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows "ensemble": the mean of the scores of each category's cutpaste_3way seeds (4.1).
+
+    ``table`` is what ``collect`` gave; a category needs two seeds. How the paper combines scores
+    is not said; a mean keeps their scale, which the Gaussian's distance makes comparable.
+    """
+    rows = []
+    for category, part in table[table["method"] == "cutpaste_3way"].groupby("category"):
+        if len(part) < 2:
+            continue
+        files = [pd.read_csv(Path(results) / "runs" / id / "scores.csv") for id in part["id"]]
+        mean = sum(f.set_index("file")["score"] for f in files) / len(files)
+        labels = files[0].set_index("file")["label"].reindex(mean.index)
+        row = {"method": "ensemble", "category": category, "seed": 0, "members": len(part)}
+        rows.append(row | image_metrics(labels, mean))
+    return pd.DataFrame(rows)
+
+
+def rerun(
+    folder: str | Path,
+    *,
+    data_root: str | Path,
+    device: str = "cpu",
+    weights: str | Path | None = None,
+) -> tuple[bool, str]:
+    """Repeat a stored run from its ``run.json``: whether its scores came out the same, and a line.
+
+    On a CPU with the stored number of threads they must agree to the byte; across devices to
+    TOLERANCE of their spread. Raises ValueError where the data are not the stored run's.
+    """
+    run, record, _ = read(folder)
+    options = {"data_root": data_root, "device": device, "weights": weights}
+    with tempfile.TemporaryDirectory() as scratch:
+        again = execute(run, results=scratch, threads=record["threads"], **options)
+        new = json.loads((again / "run.json").read_text())
+        if new["data"] != record["data"] or new["weights"] != record["weights"]:
+            raise ValueError(f"{folder}: other pictures or weights than the stored run's")
+        files = [Path(folder) / "scores.csv", again / "scores.csv"]
+        if files[0].read_bytes() == files[1].read_bytes():
+            return True, "the same scores, byte for byte"
+        ours, theirs = (pd.read_csv(file)["score"] for file in files)
+    gap = float((ours - theirs).abs().max() / ours.std())
+    same = gap <= TOLERANCE and not (
+        record["device"] == new["device"] and new["device"].startswith("CPU")
+    )
+    return same, f"scores differ by up to {gap:.2g} of their standard deviation"

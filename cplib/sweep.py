@@ -1,17 +1,23 @@
-"""Many independent runs on one machine: resumable, within a budget, one failure at a time."""
+"""Many independent runs: resumable, within a budget, here or on a cluster."""
 
 import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from cplib.augment import METHODS
 from cplib.config import Run
-from cplib.runs import execute, run_folder
+from cplib.runs import collect, execute, run_folder
 from cplib.train import OutOfTime
+
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -33,31 +39,65 @@ def execute_all(
     *,
     data_root: str | Path,
     results: str | Path,
+    engine: str = "local",
     device: str = "cpu",
     weights: str | Path | None = None,
     threads: int = 1,
     jobs: int | None = None,
+    gpu_share: float = 0.25,
     budget: float | None = None,
 ) -> list[Outcome]:
-    """Execute the runs that are missing, ``jobs`` at a time (on a CPU one for ``threads`` cores).
+    """Execute the runs that are missing; the outcomes come in the order of ``runs``.
 
-    After ``budget`` seconds what runs is checkpointed and the rest left for another call. A run
-    that fails does not stop the others. The outcomes come in the order of ``runs``.
+    ``engine`` "local" runs ``jobs`` at a time on this machine (on a CPU one for ``threads``
+    cores); "ray" sends them to the cluster at $RAY_ADDRESS, or one started here, each with
+    ``gpu_share`` of a GPU; data and results must lie where every node finds them. After ``budget``
+    seconds what runs is checkpointed and the rest left for another call. A run that fails does not
+    stop the others.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
     todo = missing(runs, results)
-    deadline = None if budget is None else time.time() + budget
-    jobs = jobs or _jobs(device, threads)
     options = {"data_root": data_root, "results": results, "device": device, "weights": weights}
-    options |= {"threads": threads, "deadline": deadline}
-    pool = Parallel(n_jobs=max(1, min(jobs, len(todo))), return_as="generator_unordered")
-    work = pool(delayed(attempt)(run, **options) for run in todo)
-    outcomes = {o.run: o for o in tqdm(work, total=len(todo), desc="runs", disable=not todo)}
+    options |= {"threads": threads, "deadline": None if budget is None else time.time() + budget}
+    if engine == "ray":
+        work = _on_ray(todo, options, gpu_share if torch.device(device).type == "cuda" else 0)
+    else:
+        pool = Parallel(
+            n_jobs=max(1, min(jobs or _jobs(device, threads), len(todo))),
+            return_as="generator_unordered",
+        )
+        work = pool(delayed(attempt)(run, **options) for run in todo)
+    bar = tqdm(work, total=len(todo), desc="runs", disable=not todo, file=sys.stdout)
+    outcomes = {outcome.run: outcome for outcome in bar}
     return [outcomes[run] for run in todo]
 
 
 def _jobs(device: str, threads: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if torch.device(device).type == "cuda" else max(1, cores // threads)
+
+
+def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcome]:
+    """Outcomes as a Ray cluster delivers them; Ray itself sends a lost node's runs elsewhere."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("engine 'ray' needs Ray: pip install '.[ray]'") from error
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+    remote = ray.remote(num_cpus=options["threads"], num_gpus=gpu_share, max_retries=-1)(attempt)
+    waiting = {remote.remote(run, **options): run for run in todo}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        run = waiting.pop(ready)
+        try:
+            outcome = ray.get(ready)
+        except ray.exceptions.RayError as error:
+            outcome = Outcome(run, "failed", f"{type(error).__name__}: {error}")
+        if outcome.state == "done" and not run_folder(run, options["results"]).exists():
+            outcome = Outcome(run, "failed", "its node wrote to a folder that is not this one")
+        yield outcome
 
 
 def attempt(run: Run, *, deadline: float | None = None, **options) -> Outcome:
@@ -71,3 +111,30 @@ def attempt(run: Run, *, deadline: float | None = None, **options) -> Outcome:
     except Exception as error:
         return Outcome(run, "failed", f"{type(error).__name__}: {error}")
     return Outcome(run, "done")
+
+
+def images(run: Run) -> int:
+    """Images that the run's training looks at: updates x sources x classes."""
+    return run.updates * run.sources * len(METHODS.get(run.method, ()))
+
+
+def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:
+    """What the missing runs cost: a row a method with runs, images and hours of one device.
+
+    The rate is the median of the finished runs of this picture size on that device; without any
+    the hours are empty.
+    """
+    done = collect(results)
+    done = done[done["images_per_second"].notna() & (done["device"] == device_name)]
+    rates = done.groupby("size")["images_per_second"].median()
+    rows = [
+        {
+            "method": run.method,
+            "runs": 1,
+            "images": images(run),
+            "hours": images(run) / rates.get(run.size, float("nan")) / 3600,
+        }
+        for run in missing(runs, results)
+    ]
+    table = pd.DataFrame(rows, columns=["method", "runs", "images", "hours"])
+    return table.groupby("method", sort=False).sum(min_count=1)

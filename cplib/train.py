@@ -175,8 +175,12 @@ def save(path, run, net, optimizer, generator, update, history, sums) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{time.time_ns()}.tmp")
-    save_file(tensors, partial, metadata=meta)
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata=meta)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
 
 
 def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tensor]:

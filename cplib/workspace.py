@@ -26,12 +26,13 @@ class Workspace:
 
     profile: Profile
     categories: tuple[str, ...]
-    seeds: int
+    seeds: int | None  # as asked for; None: the profile's
     data: Path | None
     results: Path
     device: str
     weights: Path | None
     budget: float | None  # seconds
+    engine: str = "local"
 
     def runs(self, methods: tuple[str, ...] | None = None) -> list[Run]:
         """The profile's runs for the categories and seeds at hand."""
@@ -52,6 +53,7 @@ class Workspace:
             device=self.device,
             weights=self.weights,
             budget=self.budget,
+            engine=self.engine,
             **options,
         )
 
@@ -59,6 +61,11 @@ class Workspace:
         """The finished ones among the profile's runs, a row each."""
         table = runs.collect(self.results)
         return table[table["id"].isin([run.id for run in self.runs(methods)])]
+
+    def estimate(self) -> pd.DataFrame:
+        """What the profile's missing runs cost on this device."""
+        name = runs.device_name(torch.device(self.device))
+        return sweep.estimate(self.runs(), self.results, name)
 
     def load(self, category: str, split: str, size: int = 256) -> data.Images:
         """One category's pictures."""
@@ -73,10 +80,13 @@ class Workspace:
         if run.init == "imagenet" and (file := weights_file(run.backbone, self.weights)):
             start += f" ({file.name})"
         frozen = ", BatchNorm frozen" if run.freeze_batchnorm else ""
+        seeds = f"{self.seeds or self.profile.seeds} (CutPaste-3way)"
+        if not self.seeds and self.profile.other_seeds != self.profile.seeds:
+            seeds += f", {self.profile.other_seeds} (others)"
         return (
             f"Profile {self.profile.name}: {run.size} px, {run.updates} updates of "
             f"{run.sources} source pictures, learning rate {run.learning_rate:g}, "
-            f"from {start}{frozen}, {self.seeds} seed{'s' * (self.seeds > 1)}."
+            f"from {start}{frozen}; seeds: {seeds}."
         )
 
 
@@ -90,6 +100,7 @@ def open_workspace(
     device: str = "auto",
     weights: str = "",
     budget: str = "",
+    engine: str = "local",
     say: Callable[[str], None] = print,
 ) -> Workspace:
     """Find everything that a profile needs; an empty option means the profile's own.
@@ -108,12 +119,13 @@ def open_workspace(
     return Workspace(
         profile=chosen,
         categories=_categories(chosen, categories, root),
-        seeds=seeds or chosen.seeds,
+        seeds=seeds or None,
         data=root,
         results=_writable(folder),
         device=_device(device),
         weights=Path(weights).resolve() if weights else None,
         budget=parse_budget(budget),
+        engine=engine,
     )
 
 
