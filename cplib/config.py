@@ -48,6 +48,8 @@ class Run:
     weight_decay: float = 3e-5
     backbone: str = "resnet18"
     init: str = "random"  # or "imagenet"
+    head_updates: int = 0  # before the others, with the encoder left as it is (A.4)
+    head_learning_rate: float = 0.03  # constant in those (A.4)
     freeze_batchnorm: bool = False  # keep the backbone's BatchNorm as the initialisation has it
     head: tuple[int, ...] = (512, 128)  # hidden widths of the projection head
     translate: float = 0.125  # largest shift of every picture, a share of its side
@@ -72,7 +74,14 @@ class Run:
         _one_of("backbone", self.backbone, BACKBONES)
         _one_of("init", self.init, ("random", "imagenet"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        for name, least in (("size", 8), ("updates", 0), ("sources", 1), ("seed", 0), ("curve", 0)):
+        for name, least in (
+            ("size", 8),
+            ("updates", 0),
+            ("head_updates", 0),
+            ("sources", 1),
+            ("seed", 0),
+            ("curve", 0),
+        ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}")
         if self.freeze_batchnorm and self.init == "random":

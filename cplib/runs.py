@@ -17,12 +17,11 @@ import torchvision
 from safetensors.torch import save_file
 
 from cplib import data
-from cplib.augment import METHODS
 from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
 from cplib.metrics import IMAGE_METRICS, image_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
-from cplib.train import build, fit, uses_bf16
+from cplib.train import build, fit, images, uses_bf16
 
 RECORD_VERSION = 1
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
@@ -101,7 +100,6 @@ def describe(run, train, test, history, device, weights) -> dict:
     """The record of a run: its fields, and the machine, code, data and weights behind it."""
     trained = len(history) > 0
     seconds = round(float(history["seconds"].iloc[-1]), 2) if trained else 0.0
-    images = run.updates * run.sources * len(METHODS.get(run.method, ()))
     file = weights_file(run.backbone, weights) if run.init == "imagenet" else None
     return {
         "version": RECORD_VERSION,
@@ -114,7 +112,7 @@ def describe(run, train, test, history, device, weights) -> dict:
         "data": {"train": data.fingerprint(train), "test": data.fingerprint(test)},
         "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,
         "train_seconds": seconds,
-        "images_per_second": round(images / seconds, 2) if seconds else None,
+        "images_per_second": round(images(run) / seconds, 2) if seconds else None,
     }
 
 

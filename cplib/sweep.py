@@ -12,10 +12,9 @@ import torch
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from cplib.augment import METHODS
 from cplib.config import Run
 from cplib.runs import collect, execute, run_folder
-from cplib.train import OutOfTime
+from cplib.train import OutOfTime, images
 
 ENGINES = ("local", "ray")
 
@@ -111,11 +110,6 @@ def attempt(run: Run, *, deadline: float | None = None, **options) -> Outcome:
     except Exception as error:
         return Outcome(run, "failed", f"{type(error).__name__}: {error}")
     return Outcome(run, "done")
-
-
-def images(run: Run) -> int:
-    """Images that the run's training looks at: updates x sources x classes."""
-    return run.updates * run.sources * len(METHODS.get(run.method, ()))
 
 
 def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:

@@ -71,8 +71,11 @@ def options(run: Run) -> dict[str, dict]:
 
 
 def learning_rate(run: Run, update: int) -> float:
-    """One cosine cycle from ``run.learning_rate`` to nothing (A.1)."""
-    return run.learning_rate * (1 + math.cos(math.pi * update / run.updates)) / 2
+    """One cosine cycle from ``run.learning_rate`` to nothing (A.1), after the head alone (A.4)."""
+    if update < run.head_updates:
+        return run.head_learning_rate
+    share = (update - run.head_updates) / run.updates
+    return run.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
 
 def fit(
@@ -104,26 +107,27 @@ def fit(
     pixels, points = pixels.to(device), _marks(run, run.curve)
     rows = _marks(run, HISTORY_ROWS) | points
     started = saved = time.time() - (history[-1]["seconds"] if history else 0)
-    while update < run.updates:
+    total = run.head_updates + run.updates
+    while update < total:
         optimizer.param_groups[0]["lr"] = learning_rate(run, update)
-        sums += step(run, net, optimizer, pixels, generator)
+        head_only = update < run.head_updates
+        sums += step(run, net, optimizer, pixels, generator, head_only=head_only)
         update += 1
         if update in rows:
             row = _row(update, history, sums, optimizer, time.time() - started)
             history.append(row | (watch(net) if watch and update in points else {}))
-            net.train()
         late = deadline is not None and time.time() > deadline
         if checkpoint and (late or time.time() - saved > CHECKPOINT_SECONDS):
             save(checkpoint, run, net, optimizer, generator, update, history, sums)
             saved = time.time()
-        if late and update < run.updates:
-            raise OutOfTime(f"{run.id}: {update} of {run.updates} updates done")
+        if late and update < total:
+            raise OutOfTime(f"{run.id}: {update} of {total} updates done")
     return net.eval(), pd.DataFrame(history)
 
 
 def _marks(run: Run, n: int) -> set[int]:
     """At most n updates, evenly spaced, the last among them."""
-    return {math.ceil(run.updates * i / n) for i in range(1, n + 1)}
+    return {math.ceil((run.head_updates + run.updates) * i / n) for i in range(1, n + 1)}
 
 
 def _row(update, history, sums, optimizer, seconds) -> dict:
@@ -135,19 +139,33 @@ def _row(update, history, sums, optimizer, seconds) -> dict:
     return row | {"seconds": seconds}
 
 
-def step(run, net, optimizer, pixels, generator) -> torch.Tensor:
-    """One update; returns the loss and the accuracy on its batch, (2,)."""
+def step(run, net, optimizer, pixels, generator, *, head_only: bool = False) -> torch.Tensor:
+    """One update; returns the loss and the accuracy on its batch, (2,).
+
+    With ``head_only`` the encoder stays as it is, its BatchNorm too (the first phase of A.4).
+    """
     device = pixels.device
+    net.train()
+    if head_only:
+        net.encoder.eval()
     with torch.no_grad():
         images, labels = draw(run, pixels, generator)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(run, device)):
-        logits = net(images)
+        with torch.set_grad_enabled(not head_only):
+            features = net.features(images)
+        logits = net.head(features)
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+
+
+def images(run: Run) -> int:
+    """Images that the run's training looks at: updates x sources x classes."""
+    updates = run.head_updates + run.updates
+    return updates * run.sources * len(augment.METHODS.get(run.method, ()))
 
 
 def draw(run: Run, pixels: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Tensor]:
