@@ -5,7 +5,9 @@ import sys
 
 from cplib import runs
 from cplib.notebooks import run_notebooks
+from cplib.readme import filled
 from cplib.sweep import ENGINES
+from cplib.workspace import ROOT
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--data", required=True, help="folder in the MVTec layout")
     again.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     again.add_argument("--weights", default=None, help="folder of ImageNet weights")
+    commands.add_parser("readme", help="write the README's tables from results/")
     return top
 
 
@@ -39,10 +42,20 @@ def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
     return 0 if same else 1
 
 
+def write_readme() -> int:
+    """Fill the README's tables from the committed results."""
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text(), ROOT / "results"))
+    return 0
+
+
+COMMANDS = {"notebooks": run_notebooks, "rerun": rerun, "readme": write_readme}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 if all went well, 1 if not, 2 if it was asked for wrongly."""
     options = vars(parser().parse_args(argv))
-    command = {"notebooks": run_notebooks, "rerun": rerun}[options.pop("command")]
+    command = COMMANDS[options.pop("command")]
     try:
         return command(**options)
     except (ValueError, OSError) as error:

@@ -126,7 +126,7 @@ def _scar_target(x, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, .
     half_x = (scar_l * sin.abs() + scar_w * cos.abs()) / 2
     centre_y = _uniform(half_y, h - half_y, n, generator)
     centre_x = _uniform(half_x, w - half_x, n, generator)
-    side = math.ceil(math.hypot(*largest)) + 1
+    side = math.ceil(math.hypot(*(max(1, round(v)) for v in largest))) + 1
     k = torch.arange(side * side, device=x.device)
     y = (centre_y - side / 2).floor() + k // side
     column = (centre_x - side / 2).floor() + k % side
@@ -146,7 +146,7 @@ def _write(x: Tensor, target: Tensor, inside: Tensor, patch: Tensor) -> Tensor:
     h, w = x.shape[2:]
     # One pixel more than the picture has takes what lies outside the patch: no branches, no sync.
     target = torch.where(inside, target, h * w).unsqueeze(1).expand(-1, x.shape[1], -1)
-    padded = F.pad(x.flatten(2), (0, 1)).scatter(2, target, patch.expand(target.shape))
+    padded = F.pad(x.flatten(2), (0, 1)).scatter(2, target, patch.to(x.dtype).expand(target.shape))
     return padded[..., : h * w].unflatten(2, (h, w))
 
 
@@ -189,7 +189,7 @@ def cutout(
 
 def _colour(x: Tensor, generator: torch.Generator) -> Tensor:
     """A random colour for each picture, (B, C, 1)."""
-    return torch.rand(*x.shape[:2], 1, generator=generator, device=x.device)
+    return torch.rand(*x.shape[:2], 1, generator=generator, device=x.device).to(x.dtype)
 
 
 def confetti(

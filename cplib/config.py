@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import get_args
 
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 OBJECTS = (
@@ -68,8 +69,12 @@ class Run:
     def __post_init__(self):
         """Turn lists into tuples (as JSON gives them) and refuse what cannot be run."""
         for f in fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+            value = getattr(self, f.name)
+            if f.type is float:  # 0 and 0.0 are one run, with one id
+                object.__setattr__(self, f.name, float(value))
+            elif isinstance(value, list | tuple):
+                kind = get_args(f.type)[0]
+                object.__setattr__(self, f.name, tuple(map(kind, value)))
         _one_of("method", self.method, BASELINES + TRAINED)
         _one_of("backbone", self.backbone, BACKBONES)
         _one_of("init", self.init, ("random", "imagenet"))

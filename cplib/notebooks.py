@@ -61,7 +61,10 @@ def choose(only: str, start: str) -> list[Path]:
     for number in [*wanted, *([start] if start else [])]:
         if number not in there:
             raise UsageError(f"no notebook {number!r}: one of {', '.join(there)}")
-    return [p for n, p in there.items() if (not wanted or n in wanted) and n >= start]
+    chosen = [p for n, p in there.items() if (not wanted or n in wanted) and n >= start]
+    if not chosen:
+        raise UsageError(f"no notebook is both in {only!r} and from {start!r} on")
+    return chosen
 
 
 def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def execute_all(
         )
         work = pool(delayed(attempt)(run, **options) for run in todo)
     bar = tqdm(work, total=len(todo), desc="runs", disable=not todo, file=sys.stdout)
-    outcomes = {outcome.run: outcome for outcome in bar}
+    with warnings.catch_warnings():  # joblib renews a worker whose memory has grown, and warns
+        warnings.filterwarnings("ignore", "A worker stopped")
+        outcomes = {outcome.run: outcome for outcome in bar}
     return [outcomes[run] for run in todo]
 
 

@@ -212,7 +212,7 @@ def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tenso
         return fresh
     try:
         with safe_open(path, "pt") as file:
-            meta = file.metadata()
+            meta = file.metadata() or {"run": "another program"}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         Path(path).replace(Path(path).with_suffix(".broken"))

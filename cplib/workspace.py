@@ -111,6 +111,8 @@ def open_workspace(
     """
     if profile not in PROFILES:
         raise UsageError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
+    if seeds < 0:
+        raise UsageError(f"the number of seeds cannot be negative: {seeds}")
     chosen = PROFILES[profile]
     folder = Path(results) if results else ROOT / "results" / profile
     root = _data(chosen, data_root, say)
