@@ -291,6 +291,19 @@ def translate(x: Tensor, generator: torch.Generator, *, share: float = 0.125) ->
     return x.flatten(2).gather(2, index.unsqueeze(1).expand(b, c, -1)).view_as(x)
 
 
+def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
+    """A square of ``side`` pixels of every picture, at a random place (eq. 3)."""
+    b, c, h, w = x.shape
+    if side > min(h, w):
+        raise ValueError(f"a picture of {h}x{w} pixels is smaller than a {side}-px patch")
+    space_y = torch.full((b, 1), h - side, device=x.device)
+    space_x = torch.full((b, 1), w - side, device=x.device)
+    k = torch.arange(side, device=x.device)
+    y, column = _corner(space_y, generator) + k, _corner(space_x, generator) + k
+    index = (y.unsqueeze(2) * w + column.unsqueeze(1)).flatten(1)
+    return _read(x, index).unflatten(2, (side, side))
+
+
 def _shifted(n: int, shift: Tensor) -> Tensor:
     """(B, n) positions 0 .. n-1 moved by ``shift`` (B, 1), reflected at both ends."""
     position = (torch.arange(n, device=shift.device) + shift).abs()

@@ -20,6 +20,17 @@ OBJECTS = (
     "zipper",
 )
 CATEGORIES = TEXTURES + OBJECTS
+# Always in the same place in the picture: a Gaussian for each position (A.5).
+ALIGNED = (
+    "bottle",
+    "cable",
+    "capsule",
+    "metal_nut",
+    "pill",
+    "toothbrush",
+    "transistor",
+    "zipper",
+)
 DEMO_TEXTURES = ("brick", "fabric")
 DEMO_OBJECTS = ("coin", "gear")
 
@@ -27,6 +38,11 @@ BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageN
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", "cutpaste_3way")
 TRAINED = (*TABLE1, "cutout_mean", "cutout_color", "confetti", "cutpaste_union")
 BACKBONES = ("resnet18", "efficientnet_lite0")
+
+
+LEAST = {"size": 8, "sources": 1, "stride": 1} | dict.fromkeys(
+    ("updates", "head_updates", "seed", "curve", "patch"), 0
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,10 @@ class Run:
     patch_jitter: float = 0.1  # of what is pasted (A.2)
     l2_normalise: bool = True  # features on the unit sphere before the Gaussian
     reg_covar: float = 1e-6  # added to the covariance's diagonal
+    patch: int = 0  # side of the patch model's crops in pixels (2.4); 0: whole pictures
+    stride: int = 4  # between the patches scored (A.5)
+    gaussians: str = "auto"  # "position": one for each place; "shared"; "auto": as in A.5
+    heat_std: float = 10.0  # of the upsampling kernel, in pixels (FCDD's)
     curve: int = 0  # points on the way at which the test AUROC is noted (never used to choose)
     precision: str = "auto"  # "fp32", "bf16", or bf16 where the hardware multiplies in it
 
@@ -78,15 +98,9 @@ class Run:
         _one_of("method", self.method, BASELINES + TRAINED)
         _one_of("backbone", self.backbone, BACKBONES)
         _one_of("init", self.init, ("random", "imagenet"))
+        _one_of("gaussians", self.gaussians, ("auto", "position", "shared"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        for name, least in (
-            ("size", 8),
-            ("updates", 0),
-            ("head_updates", 0),
-            ("sources", 1),
-            ("seed", 0),
-            ("curve", 0),
-        ):
+        for name, least in LEAST.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}")
         if self.freeze_batchnorm and self.init == "random":
@@ -103,6 +117,13 @@ class Run:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
         return f"{self.method}-{self.category}-seed{self.seed}-{digest[:8]}"
+
+    @property
+    def per_position(self) -> bool:
+        """Whether the patch model has one Gaussian for each place, or one for all."""
+        return self.gaussians == "position" or (
+            self.gaussians == "auto" and self.dataset == "mvtec" and self.category in ALIGNED
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> "Run":
@@ -161,7 +182,7 @@ class Profile:
             **(self.protocol | changes),
         )
         if method not in BASELINES:
-            return run
+            return run if method == "cutpaste_3way" else replace(run, curve=0)
         bare = Run(method=method, category=category, seed=seed, dataset=run.dataset)
         bare = replace(bare, size=run.size, updates=0)
         if method == "pretrained":
@@ -200,11 +221,13 @@ PROFILES = {
             seeds=2,
             other_seeds=1,
             protocol={
-                "updates": 256,
-                "learning_rate": 0.01,
+                "head_updates": 40,
+                "updates": 200,
+                "sources": 16,
+                "learning_rate": 0.001,
                 "init": "imagenet",
                 "freeze_batchnorm": True,
-                "curve": 4,
+                "curve": 3,
             },
         ),
         Profile(

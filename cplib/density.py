@@ -1,6 +1,7 @@
 """Gaussian density estimation on features (section 2.3, eq. 2)."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,22 @@ class Gaussian:
         z = z.double()
         mean = z.mean(-2)
         centred = z - mean.unsqueeze(-2)
-        covariance = centred.mT @ centred / z.shape[-2]
+        return cls._from(mean, centred.mT @ centred / z.shape[-2], reg_covar)
+
+    @classmethod
+    def fit_stream(cls, chunks: Iterable[Tensor], *, reg_covar: float = 1e-6) -> "Gaussian":
+        """As ``fit`` for features that come in chunks (N, D), never all in memory."""
+        count, total, square = 0, 0.0, 0.0
+        for z in chunks:
+            z = z.double()
+            count, total, square = count + len(z), total + z.sum(0), square + z.mT @ z
+        if count == 0 or not torch.isfinite(square).all():
+            raise ValueError("a Gaussian needs at least one feature vector, all of them finite")
+        mean = total / count
+        return cls._from(mean, square / count - mean[:, None] * mean, reg_covar)
+
+    @classmethod
+    def _from(cls, mean: Tensor, covariance: Tensor, reg_covar: float) -> "Gaussian":
         covariance.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed.any():

@@ -1,9 +1,11 @@
-"""Image-level metrics, in percent: thin wrappers over scikit-learn."""
+"""Image- and pixel-level metrics, in percent: thin wrappers over libraries."""
 
 import numpy as np
+from adeval.au_pro import calculate_au_pro
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro_30", "aupro_05")
 
 
 def image_metrics(labels, scores) -> dict[str, float | None]:
@@ -28,3 +30,19 @@ def f1_max(labels, scores) -> tuple[float, float]:
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(f1[:-1].argmax())
     return float(f1[best]), float(thresholds[best])
+
+
+def pixel_metrics(masks, heat) -> dict[str, float | None]:
+    """AUROC and average precision of all pixels, and AUPRO up to 30 % and 5 % false positives.
+
+    ``masks`` (N, H, W) are True on defects, ``heat`` (N, H, W) is higher where more anomalous; all
+    in percent. Each is None without masks, or where no pixel is defective or none is good.
+    """
+    if masks is None or len(np.unique(masks)) < 2:
+        return dict.fromkeys(PIXEL_METRICS)
+    masks, heat = np.asarray(masks), np.asarray(heat, dtype=np.float32)
+    flat, values = masks.ravel(), heat.ravel()
+    found = [roc_auc_score(flat, values), average_precision_score(flat, values)]
+    truth = list(masks.astype(np.uint8))
+    found += [calculate_au_pro(truth, list(heat), limit)[0] for limit in (0.3, 0.05)]
+    return dict(zip(PIXEL_METRICS, (100 * float(v) for v in found), strict=True))

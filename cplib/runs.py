@@ -1,5 +1,7 @@
 """One run, from its fields to its folder, and folders back into a table."""
 
+import contextlib
+import glob
 import json
 import os
 import platform
@@ -14,12 +16,14 @@ import pandas as pd
 import sklearn
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cplib import data
 from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.metrics import IMAGE_METRICS, image_metrics
+from cplib.localize import patch_maps, upsample
+from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
 from cplib.train import build, fit, images, uses_bf16
 
@@ -50,42 +54,85 @@ def execute(
     """
     folder = run_folder(run, results)
     if folder.exists():
+        tidy(run, results)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _execute(run, folder, data_root, torch.device(device), weights, deadline)
+        _execute(run, results, data_root, torch.device(device), weights, deadline)
+    except OSError:
+        if not folder.exists():  # else another process finished the same run, and tidied up
+            raise
     finally:
         torch.set_num_threads(before)
+    tidy(run, results)
+    return folder
 
 
-def _execute(run, folder, data_root, device, weights, deadline) -> Path:
+def checkpoint_file(run: Run, results: str | Path) -> Path:
+    """Where the run's training is kept until it is done."""
+    return Path(results) / "checkpoints" / f"{run.id}.safetensors"
+
+
+def tidy(run: Run, results: str | Path) -> None:
+    """Remove the checkpoints of a finished run, and what killed processes left of it."""
+    name = glob.escape(run.id)
+    with contextlib.suppress(OSError):  # a folder that is read-only keeps them
+        for file in (Path(results) / "checkpoints").glob(f"{name}.*"):
+            file.unlink(missing_ok=True)
+    for part in (Path(results) / "runs").glob(f".part-{name}-*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _execute(run, results, data_root, device, weights, deadline) -> None:
     train = data.load(data_root, run.category, "train", run.size)
     test = data.load(data_root, run.category, "test", run.size)
-    checkpoint = folder.parent.parent / "checkpoints" / f"{run.id}.safetensors"
 
-    def auroc(net: PretextNet) -> dict:
-        scored = image_metrics(test.labels, score(run, net, train.pixels, test.pixels))
-        return {"image_auroc": scored["image_auroc"]}
+    def watch(net: PretextNet) -> dict:
+        return {k: v for k, v in assess(run, net, train, test)[1].items() if k.endswith("auroc")}
 
     if run.updates:
         net, history = fit(
             run,
             train.pixels,
             device,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint_file(run, results),
             deadline=deadline,
             weights=weights,
-            watch=auroc,
+            watch=watch,
         )
     else:
         net, history = build(run, weights).to(device).eval(), pd.DataFrame()
-    scores = score(run, net, train.pixels, test.pixels)
+    scores, metrics, maps = assess(run, net, train, test)
     record = describe(run, train, test, history, device, weights)
-    _write(folder, net, record, history, test, scores)
-    checkpoint.unlink(missing_ok=True)
-    return folder
+    _write(run_folder(run, results), net, record, history, test, scores, metrics, maps)
+
+
+def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> tuple:
+    """Scores (N,) of the test pictures, the run's metrics, and a patch model's maps, else None."""
+    if not run.patch:
+        scores = score(run, net, train.pixels, test.pixels)
+        return scores, image_metrics(test.labels, scores), None
+    maps = patch_maps(
+        net,
+        train.pixels,
+        test.pixels,
+        patch=run.patch,
+        stride=run.stride,
+        per_position=run.per_position,
+        reg_covar=run.reg_covar,
+        bf16=uses_bf16(run, net.pixel_mean.device),
+    )
+    scores = maps.amax((1, 2))
+    heat = heat_maps(run, maps)
+    return scores, image_metrics(test.labels, scores) | pixel_metrics(test.masks, heat), maps
+
+
+def heat_maps(run: Run, maps: torch.Tensor) -> torch.Tensor:
+    """A patch model's scores (N, rows, columns) as heat maps (N, size, size)."""
+    size = (run.size, run.size)
+    return upsample(maps, size, patch=run.patch, stride=run.stride, std=run.heat_std)
 
 
 def score(run: Run, net: PretextNet, normal: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -137,24 +184,26 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _write(folder, net, record, history, test, scores) -> None:
+def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
     """Write a run's folder under a temporary name, then rename it: complete or not there."""
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+    part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
     try:
         table = {"file": test.names, "kind": test.kinds, "label": test.labels, "score": scores}
         pd.DataFrame(table).to_csv(part / "scores.csv", index=False, float_format="%.9g")
         history.to_csv(part / "history.csv", index=False, float_format="%.6g")
-        _write_json(part / "metrics.json", image_metrics(test.labels, scores))
+        _write_json(part / "metrics.json", metrics)
         _write_json(part / "run.json", record)
         if len(history):
             state = {k: v.contiguous() for k, v in net.state_dict().items()}
             save_file(state, part / "model.safetensors")
+        if maps is not None:
+            save_file({"maps": maps.contiguous()}, part / "maps.safetensors")
         part.chmod(0o755)
         os.rename(part, folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        if not folder.exists():  # else another process finished the same run first
-            raise
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -169,6 +218,8 @@ def read(folder: str | Path) -> tuple[Run, dict, dict]:
         if record["version"] != RECORD_VERSION:
             raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
         run = Run.from_dict(record["run"])
+        if absent := {"threads", "data", "weights", *TIMING} - set(record):
+            raise ValueError(f"no {min(absent)!r} in the record")
         if run.id != Path(folder).name:
             raise ValueError(f"the record inside is of {run.id}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -190,7 +241,7 @@ def collect(results: str | Path, **where) -> pd.DataFrame:
             warnings.warn(str(error), stacklevel=2)
             continue
         rows.append({"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}})
-    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *TIMING]
+    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, *TIMING]
     table = pd.DataFrame(rows, columns=None if rows else columns)
     keep = pd.Series(True, index=table.index)
     for name, value in where.items():
@@ -230,16 +281,23 @@ def rerun(
     """
     run, record, _ = read(folder)
     options = {"data_root": data_root, "device": device, "weights": weights}
+    for split, stored in record["data"].items():
+        if data.fingerprint(data.load(data_root, run.category, split, run.size)) != stored:
+            raise ValueError(f"{folder}: its {split} pictures are not those in {data_root}")
     with tempfile.TemporaryDirectory() as scratch:
         again = execute(run, results=scratch, threads=record["threads"], **options)
         new = json.loads((again / "run.json").read_text())
-        if new["data"] != record["data"] or new["weights"] != record["weights"]:
-            raise ValueError(f"{folder}: other pictures or weights than the stored run's")
+        if new["weights"] != record["weights"]:
+            raise ValueError(f"{folder}: other ImageNet weights than the stored run's")
         files = [Path(folder) / "scores.csv", again / "scores.csv"]
         if files[0].read_bytes() == files[1].read_bytes():
             return True, "the same scores, byte for byte"
-        ours, theirs = (pd.read_csv(file)["score"] for file in files)
-    gap = float((ours - theirs).abs().max() / ours.std())
+        stored, ours = (pd.read_csv(file) for file in files)
+    named = ["file", "kind", "label"]
+    if list(stored) != list(ours) or not stored[named].equals(ours[named]):
+        return False, "its scores.csv has other columns, pictures, kinds or labels"
+    gap = (ours["score"] - pd.to_numeric(stored["score"], errors="coerce")).abs()
+    gap = float(gap.max(skipna=False) / ours["score"].std())
     same = gap <= TOLERANCE and not (
         record["device"] == new["device"] and new["device"].startswith("CPU")
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from cplib.config import Run
-from cplib.runs import collect, execute, run_folder
+from cplib.runs import collect, execute, run_folder, tidy
 from cplib.train import OutOfTime, images
 
 ENGINES = ("local", "ray")
@@ -58,16 +59,15 @@ def execute_all(
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
     todo = missing(runs, results)
-    options = {"data_root": data_root, "results": results, "device": device, "weights": weights}
+    for run in set(runs) - set(todo):
+        tidy(run, results)
+    folders = {"data_root": data_root, "results": results, "weights": weights}
+    options = {k: v and Path(v).resolve() for k, v in folders.items()} | {"device": device}
     options |= {"threads": threads, "deadline": None if budget is None else time.time() + budget}
     if engine == "ray":
         work = _on_ray(todo, options, gpu_share if torch.device(device).type == "cuda" else 0)
     else:
-        pool = Parallel(
-            n_jobs=max(1, min(jobs or _jobs(device, threads), len(todo))),
-            return_as="generator_unordered",
-        )
-        work = pool(delayed(attempt)(run, **options) for run in todo)
+        work = _on_joblib(todo, options, min(jobs or _jobs(device, threads), len(todo)))
     bar = tqdm(work, total=len(todo), desc="runs", disable=not todo, file=sys.stdout)
     with warnings.catch_warnings():  # joblib renews a worker whose memory has grown, and warns
         warnings.filterwarnings("ignore", "A worker stopped")
@@ -78,6 +78,19 @@ def execute_all(
 def _jobs(device: str, threads: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if torch.device(device).type == "cuda" else max(1, cores // threads)
+
+
+def _on_joblib(todo: list[Run], options: dict, jobs: int) -> Iterator[Outcome]:
+    """Outcomes as ``jobs`` processes on this machine deliver them, as they come."""
+    pool = Parallel(n_jobs=max(1, jobs), return_as="generator_unordered")
+    left = dict.fromkeys(todo)
+    try:
+        for outcome in pool(delayed(attempt)(run, **options) for run in todo):
+            del left[outcome.run]
+            yield outcome
+    except TerminatedWorkerError:  # the system ended a process, and joblib then ends them all
+        for run in left:
+            yield Outcome(run, "failed", "its process died: too little memory? Try fewer jobs")
 
 
 def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcome]:
@@ -96,7 +109,7 @@ def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcom
         try:
             outcome = ray.get(ready)
         except ray.exceptions.RayError as error:
-            outcome = Outcome(run, "failed", f"{type(error).__name__}: {error}")
+            outcome = Outcome(run, "failed", _line(error))
         if outcome.state == "done" and not run_folder(run, options["results"]).exists():
             outcome = Outcome(run, "failed", "its node wrote to a folder that is not this one")
         yield outcome
@@ -111,8 +124,12 @@ def attempt(run: Run, *, deadline: float | None = None, **options) -> Outcome:
     except OutOfTime as late:
         return Outcome(run, "out of time", str(late))
     except Exception as error:
-        return Outcome(run, "failed", f"{type(error).__name__}: {error}")
+        return Outcome(run, "failed", _line(error))
     return Outcome(run, "done")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:

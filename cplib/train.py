@@ -1,5 +1,6 @@
 """Pretext training (section 2.1, A.1): one flat loop, visible and resumable."""
 
+import contextlib
 import json
 import math
 import time
@@ -178,7 +179,10 @@ def draw(run: Run, pixels: torch.Tensor, generator) -> tuple[torch.Tensor, torch
         index = torch.randperm(n, generator=generator, device=device)[: run.sources]
     else:
         index = torch.randint(n, (run.sources,), generator=generator, device=device)
-    x = augment.translate(pixels[index], generator, share=run.translate).float() / 255
+    x = augment.translate(pixels[index], generator, share=run.translate)
+    if run.patch:  # cropped before anything is pasted: the defect lies in the crop (eq. 3)
+        x = augment.crop(x, generator, side=run.patch)
+    x = x.float() / 255
     x = augment.jitter(x, generator, strength=run.jitter)
     return augment.pretext_batch(x, run.method, generator, options(run))
 
@@ -190,6 +194,7 @@ def save(path, run, net, optimizer, generator, update, history, sums) -> None:
         tensors[f"momentum.{i}"] = state["momentum_buffer"].contiguous()
     tensors |= {"generator": generator.get_state(), "sums": sums}
     meta = {"run": run.id, "update": str(update), "history": json.dumps(history)}
+    meta["device"] = generator.device.type
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{time.time_ns()}.tmp")
@@ -215,11 +220,15 @@ def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tenso
             meta = file.metadata() or {"run": "another program"}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        Path(path).replace(Path(path).with_suffix(".broken"))
+        with contextlib.suppress(FileNotFoundError):  # another process finished the run
+            Path(path).replace(Path(path).with_suffix(".broken"))
         print(f"{path}: not a checkpoint ({error}); training starts afresh")
         return fresh
     if meta["run"] != run.id:
         raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {run.id}")
+    if meta.get("device", device.type) != device.type:  # its random numbers cannot be continued here
+        print(f"{path}: begun on {meta['device']}; training starts afresh on {device.type}")
+        return fresh
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
     momentum = {int(k[9:]): v for k, v in tensors.items() if k.startswith("momentum.")}
     state = optimizer.state_dict()
