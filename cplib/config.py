@@ -156,6 +156,7 @@ class Profile:
     seeds: int  # of cutpaste_3way, the method that the ensemble is made of
     other_seeds: int  # of every other method
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
+    patch: dict = field(default_factory=lambda: {"patch": 64})  # the patch model's fields
     pretrained_backbone: str = "resnet18"
 
     def runs(self, methods=None, categories=None, seeds=None, **changes) -> list[Run]:
@@ -166,6 +167,15 @@ class Profile:
             for method in (methods or self.methods)
             for seed in range(self._seeds(method, seeds))
         ]
+
+    def patch_runs(self, categories=None, seeds=None) -> list[Run]:
+        """The patch model's runs (Table 2): cutpaste_3way on crops."""
+        runs = [
+            self.run("cutpaste_3way", category, seed)
+            for category in (categories or self.categories)
+            for seed in range(seeds or self.other_seeds)
+        ]
+        return [replace(run, **({"curve": 0} | self.patch)) for run in runs]
 
     def _seeds(self, method: str, wanted: int | None) -> int:
         if method == "pretrained":  # the same features whatever the seed

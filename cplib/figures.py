@@ -19,6 +19,8 @@ NAMES = {
     "cutpaste_scar": "CutPaste-scar",
     "cutpaste_union": "Binary (union)",
     "cutpaste_3way": "CutPaste-3way",
+    "cutpaste_3way_patch": "CutPaste-3way (patch)",
+    "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
     "ensemble": "Ensemble",
     "docc": "DOCC (quoted)",
     "u_student": "U-Student (quoted)",
@@ -50,8 +52,19 @@ def save_figure(fig: Figure, results: str | Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
+def overlay(picture, heat, limits: tuple[float, float], strength: float = 0.6):
+    """A picture (3, H, W), uint8, with its heat map (H, W) laid over it: (H, W, 3) in [0, 1].
+
+    ``limits`` are the scores shown as cold and hot; where it is cold the picture stays as it is.
+    """
+    level = ((heat - limits[0]) / max(limits[1] - limits[0], 1e-12)).clip(0, 1)
+    colour = plt.get_cmap("inferno")(level.numpy())[..., :3]
+    weight = strength * level.numpy()[..., None]
+    return picture.permute(1, 2, 0).numpy() / 255 * (1 - weight) + colour * weight
+
+
 def image_grid(rows: dict[str, list], titles: list[str] | None = None, side: float = 1.5) -> Figure:
-    """Pictures in labelled rows; each is (3, H, W) or (H, W), uint8 or in [0, 1].
+    """Pictures in labelled rows; each is (3, H, W), (H, W, 3) or (H, W), uint8 or in [0, 1].
 
     ``titles`` stand above the columns; ``side`` is a picture's width in inches.
     """
@@ -64,7 +77,8 @@ def image_grid(rows: dict[str, list], titles: list[str] | None = None, side: flo
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for ax, picture in zip(line, pictures, strict=False):
-            ax.imshow(picture.permute(1, 2, 0) if picture.ndim == 3 else picture, cmap="gray")
+            first = picture.ndim == 3 and picture.shape[0] == 3
+            ax.imshow(picture.permute(1, 2, 0) if first else picture, cmap="gray")
     for ax, title in zip(axes[0], titles or [], strict=False):
         ax.set_title(title, fontsize="small")
     return fig

@@ -2,6 +2,7 @@
 
 import numpy as np
 from adeval.au_pro import calculate_au_pro
+from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
@@ -46,3 +47,16 @@ def pixel_metrics(masks, heat) -> dict[str, float | None]:
     truth = list(masks.astype(np.uint8))
     found += [calculate_au_pro(truth, list(heat), limit)[0] for limit in (0.3, 0.05)]
     return dict(zip(PIXEL_METRICS, (100 * float(v) for v in found), strict=True))
+
+
+def peak_within(masks, heat, distance: float = 16) -> float | None:
+    """Percent of defective pictures whose hottest pixel lies on the defect, or so many px from it.
+
+    ``masks`` and ``heat`` are (N, H, W); None where no picture has a defect.
+    """
+    hits = []
+    for mask, values in zip(np.asarray(masks), np.asarray(heat), strict=True):
+        if mask.any():
+            away = distance_transform_edt(~mask)
+            hits.append(away[np.unravel_index(values.argmax(), values.shape)] <= distance)
+    return 100 * float(np.mean(hits)) if hits else None

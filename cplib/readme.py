@@ -19,9 +19,10 @@ def table1(results: Path) -> str:
         table["category"].isin(measured["category"]) & table["method"].isin(measured["method"])
     ]
     grid = wide(table).rename(columns=NAMES, index=lambda name: name.replace("_", " "))
-    grid.index.name = "image AUROC, %"
     protocol = path.with_suffix(".md").read_text().splitlines()[0]
-    return f"{protocol} Ours, in brackets the paper's; mean±standard error.\n\n{markdown(grid.T)}"
+    grid = grid.T
+    grid.index.name = "image AUROC, %"
+    return f"{protocol} Ours, in brackets the paper's; mean±standard error.\n\n{markdown(grid)}"
 
 
 def minutes(results: Path) -> str:

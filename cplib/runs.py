@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +17,13 @@ import sklearn
 import torch
 import torchvision
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cplib import data
 from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.localize import patch_maps, upsample
-from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, pixel_metrics
+from cplib.localize import gradcam, patch_maps, upsample
+from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
 from cplib.train import build, fit, images, uses_bf16
 
@@ -78,11 +78,13 @@ def checkpoint_file(run: Run, results: str | Path) -> Path:
 def tidy(run: Run, results: str | Path) -> None:
     """Remove the checkpoints of a finished run, and what killed processes left of it."""
     name = glob.escape(run.id)
-    with contextlib.suppress(OSError):  # a folder that is read-only keeps them
-        for file in (Path(results) / "checkpoints").glob(f"{name}.*"):
-            file.unlink(missing_ok=True)
-    for part in (Path(results) / "runs").glob(f".part-{name}-*"):
-        shutil.rmtree(part, ignore_errors=True)
+    parts = [*Path(results).glob(f"runs/.part-{name}-*")]
+    for left in [*Path(results).glob(f"checkpoints/{name}.*"), *parts]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # a folder that is read-only keeps it
+                left.unlink()
 
 
 def _execute(run, results, data_root, device, weights, deadline) -> None:
@@ -92,7 +94,7 @@ def _execute(run, results, data_root, device, weights, deadline) -> None:
     def watch(net: PretextNet) -> dict:
         return {k: v for k, v in assess(run, net, train, test)[1].items() if k.endswith("auroc")}
 
-    if run.updates:
+    if run.head_updates + run.updates:
         net, history = fit(
             run,
             train.pixels,
@@ -126,7 +128,40 @@ def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> 
     )
     scores = maps.amax((1, 2))
     heat = heat_maps(run, maps)
-    return scores, image_metrics(test.labels, scores) | pixel_metrics(test.masks, heat), maps
+    return scores, image_metrics(test.labels, scores) | _located(run, test, heat), maps
+
+
+def _located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
+    """Pixel-level metrics of heat maps; the peak's distance is 16 px of a 256-px picture."""
+    if test.masks is None:
+        return pixel_metrics(None, heat)
+    peak = peak_within(test.masks, heat, 16 * run.size / 256)
+    return pixel_metrics(test.masks, heat) | {"peak_within_16px": peak}
+
+
+def gradcam_metrics(
+    run: Run, results: str | Path, data_root: str | Path | None, device: str = "cpu"
+) -> dict | None:
+    """Pixel-level metrics of GradCAM on an image-level run; kept as ``gradcam.json`` beside it.
+
+    None where neither that file nor the model with the pictures is there.
+    """
+    folder = run_folder(run, results)
+    record = folder / "gradcam.json"
+    if not record.exists():
+        if data_root is None or not (folder / "model.safetensors").exists():
+            return None
+        test = data.load(data_root, run.category, "test", run.size)
+        heat = gradcam(load_model(run, results).to(device), test.pixels)
+        _write_json(record, _located(run, test, heat))
+    return json.loads(record.read_text())
+
+
+def load_model(run: Run, results: str | Path) -> PretextNet:
+    """The network of a finished run, from its ``model.safetensors``."""
+    net = build(replace(run, init="random", freeze_batchnorm=False))
+    net.load_state_dict(load_file(run_folder(run, results) / "model.safetensors"))
+    return net.eval()
 
 
 def heat_maps(run: Run, maps: torch.Tensor) -> torch.Tensor:

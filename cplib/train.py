@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,12 +198,12 @@ def save(path, run, net, optimizer, generator, update, history, sums) -> None:
     meta["device"] = generator.device.type
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{time.time_ns()}.tmp")
     try:
-        save_file(tensors, partial, metadata=meta)
-        partial.replace(path)
+        with tempfile.TemporaryDirectory(prefix=f"{path.stem}.", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            save_file(tensors, partial, metadata=meta)
+            partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
 
 
@@ -226,7 +227,9 @@ def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tenso
         return fresh
     if meta["run"] != run.id:
         raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {run.id}")
-    if meta.get("device", device.type) != device.type:  # its random numbers cannot be continued here
+    if (
+        meta.get("device", device.type) != device.type
+    ):  # its random numbers cannot be continued here
         print(f"{path}: begun on {meta['device']}; training starts afresh on {device.type}")
         return fresh
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})

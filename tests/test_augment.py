@@ -235,6 +235,15 @@ def test_a_pasted_patch_is_the_source_under_one_change_of_colours():
         assert (picture[:, where].amax(1) - picture[:, where].amin(1)).max() < 1e-6
 
 
+def test_the_colours_of_a_patch_depend_on_nothing_outside_it():
+    grey = torch.full((200, 3, 32, 32), 0.5)
+    white = grey.clone()
+    white[:, :, 0, 0] = 1
+    one, other = (cutpaste(x, generator(), jitter=0.3)[:, :, 1:, 1:] for x in (grey, white))
+    same = (one == other).flatten(1).all(1)
+    assert same.float().mean() > 0.95  # all but the patches that were cut at that corner
+
+
 # Scars
 
 
@@ -253,6 +262,16 @@ def test_a_scar_has_about_as_many_pixels_as_its_width_times_its_length(h, w):
     assert (counts[large] > 0.8 * areas[large]).all()
     assert (counts[large] < 1.35 * areas[large]).all()
     assert (counts / areas).mean() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("make", [partial(cutpaste_scar, jitter=0.3), scar])
+@pytest.mark.parametrize(("width", "length"), [(16, 10), (8, 25)])
+def test_no_scar_is_clipped_at_the_edge(make, width, length):
+    x = random_pictures(DRAWS, 36, 30)
+    made = make(x, generator(), width=(width, width), length=(length, length))
+    counts = (made != x).any(1).sum((1, 2)) / (width * length)
+    assert counts.min() > 0.92
+    assert counts.max() < 1.12
 
 
 def test_scar_lengths_and_widths_are_drawn_evenly():

@@ -1,6 +1,7 @@
 """The Gaussian against scikit-learn's and against the formula written out."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from sklearn.mixture import GaussianMixture
 from cplib import data
 from cplib.density import Gaussian, l2_normalise
 from cplib.model import PretextNet, embed
+
+REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "mvtec256"
 
 
 def _random(*shape, seed=0):
@@ -41,6 +44,14 @@ def test_the_density_is_that_of_scikit_learn_on_features_of_a_network(demo_root)
     torch.manual_seed(0)
     net = PretextNet(2)
     train, test = (data.load(demo_root, "gear", split, 64).pixels for split in ("train", "test"))
+    z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
+    _assert_agrees_with_sklearn(z, z_test, 1e-6)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no pictures of MVTec AD at hand")
+def test_the_density_is_that_of_scikit_learn_on_imagenet_features_of_mvtec():
+    net = PretextNet(2, backbone="efficientnet_lite0", init="imagenet")
+    train, test = (data.load(REAL, "toothbrush", split, 128).pixels for split in ("train", "test"))
     z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
     _assert_agrees_with_sklearn(z, z_test, 1e-6)
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cplib import published as tables
+from cplib import readme
 from cplib.config import CATEGORIES, DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, TEXTURES
 from cplib.published import (
     COLUMNS,
@@ -330,6 +331,28 @@ def test_a_missing_category_moves_no_number_to_another_name():
 
 
 # On disk
+
+
+def test_the_readme_shows_what_was_measured_between_its_markers(saved):
+    results = saved[0].parents[1]
+    text = readme.table1(results)
+    assert text.startswith("Profile made up. ")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert rows[1:] == ["---", "untrained", "CutPaste"]
+    head = next(line for line in text.splitlines() if line.startswith("|"))
+    assert [c.strip() for c in head.split("|")[2:-1]] == ["bottle", "screw", "average measured"]
+
+
+def test_the_readme_is_filled_between_its_markers_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "table1", lambda results: f"{results.name}\n")
+    monkeypatch.setattr(readme, "minutes", lambda results: "\\1 minute\n")
+    text = "a\n<!-- table1 begin -->\nold\n<!-- table1 end -->\nb\n"
+    text += "<!-- minutes begin -->\n<!-- minutes end -->\nc\n"
+    filled = readme.filled(text, tmp_path)
+    assert filled == text.replace("old\n", "quick\n").replace(
+        "<!-- minutes begin -->\n", "<!-- minutes begin -->\n\\1 minute\n"
+    )
+    assert readme.filled(filled, tmp_path) == filled
 
 
 def test_wide_shows_ours_and_then_the_papers_in_brackets():
