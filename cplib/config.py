@@ -211,6 +211,7 @@ PROFILES = {
             seeds=2,
             other_seeds=1,
             protocol={"size": 64, "updates": 2, "sources": 4},
+            patch={"patch": 32, "stride": 16},
             pretrained_backbone="efficientnet_lite0",
         ),
         Profile(
@@ -221,6 +222,7 @@ PROFILES = {
             seeds=2,
             other_seeds=1,
             protocol={"size": 128, "updates": 100, "sources": 16},
+            patch={"patch": 32},
             pretrained_backbone="efficientnet_lite0",
         ),
         Profile(

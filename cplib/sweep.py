@@ -19,6 +19,7 @@ from cplib.runs import collect, execute, run_folder, tidy
 from cplib.train import OutOfTime, images
 
 ENGINES = ("local", "ray")
+RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcom
         import ray
     except ImportError as error:
         raise ValueError("engine 'ray' needs Ray: pip install '.[ray]'") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    remote = ray.remote(num_cpus=options["threads"], num_gpus=gpu_share, max_retries=-1)(attempt)
+    needs = {"num_cpus": options["threads"], "num_gpus": gpu_share, "max_retries": RETRIES}
+    remote = ray.remote(**needs)(attempt)
     waiting = {remote.remote(run, **options): run for run in todo}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)

@@ -38,9 +38,13 @@ class Workspace:
         """The profile's runs for the categories and seeds at hand."""
         return self.profile.runs(methods, self.categories, self.seeds)
 
-    def missing(self, methods: tuple[str, ...] | None = None) -> list[Run]:
-        """Those runs that are not in the results yet."""
-        return sweep.missing(self.runs(methods), self.results)
+    def patch_runs(self) -> list[Run]:
+        """The runs of the patch model (Table 2)."""
+        return self.profile.patch_runs(self.categories, self.seeds)
+
+    def missing(self, planned: list[Run]) -> list[Run]:
+        """Those of the planned runs that are not in the results yet."""
+        return sweep.missing(planned, self.results)
 
     def execute(self, todo: list[Run], **options) -> list[sweep.Outcome]:
         """Execute runs with this workspace's data, device and budget."""
@@ -57,15 +61,15 @@ class Workspace:
             **options,
         )
 
-    def collect(self, methods: tuple[str, ...] | None = None) -> pd.DataFrame:
-        """The finished ones among the profile's runs, a row each."""
+    def collect(self, planned: list[Run]) -> pd.DataFrame:
+        """The finished ones among the planned runs, a row each."""
         table = runs.collect(self.results)
-        return table[table["id"].isin([run.id for run in self.runs(methods)])]
+        return table[table["id"].isin([run.id for run in planned])].reset_index(drop=True)
 
     def estimate(self) -> pd.DataFrame:
         """What the profile's missing runs cost on this device."""
         name = runs.device_name(torch.device(self.device))
-        return sweep.estimate(self.runs(), self.results, name)
+        return sweep.estimate(self.runs() + self.patch_runs(), self.results, name)
 
     def load(self, category: str, split: str, size: int = 256) -> data.Images:
         """One category's pictures."""
@@ -73,21 +77,27 @@ class Workspace:
             raise UsageError("no data set at hand: set MVTEC_ROOT or pass --data DIR")
         return data.load(self.data, category, split, size)
 
-    def protocol(self) -> str:
+    def protocol(self, run: Run | None = None) -> str:
         """How the numbers were measured, in a line: stands beside every table."""
-        run = self.profile.run("cutpaste_3way", self.categories[0])
-        start = "ImageNet weights" if run.init == "imagenet" else "random weights"
-        if run.init == "imagenet" and (file := weights_file(run.backbone, self.weights)):
-            start += f" ({file.name})"
-        frozen = ", BatchNorm frozen" if run.freeze_batchnorm else ""
+        run = run or self.profile.run("cutpaste_3way", self.categories[0])
         seeds = f"{self.seeds or self.profile.seeds} (CutPaste-3way)"
         if not self.seeds and self.profile.other_seeds != self.profile.seeds:
             seeds += f", {self.profile.other_seeds} (others)"
+        crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
         return (
-            f"Profile {self.profile.name}: {run.size} px, {run.updates} updates of "
-            f"{run.sources} source pictures, learning rate {run.learning_rate:g}, "
-            f"from {start}{frozen}; seeds: {seeds}."
+            f"Profile {self.profile.name}: {run.size} px{crops}, {self._updates(run)} "
+            f"{run.sources} source pictures each; seeds: {seeds}."
         )
+
+    def _updates(self, run: Run) -> str:
+        start = "random weights"
+        if run.init == "imagenet":
+            file = weights_file(run.backbone, self.weights)
+            start = f"ImageNet weights{f' ({file.name})' if file else ''}"
+            start += ", BatchNorm frozen" if run.freeze_batchnorm else ""
+        head = f"{run.head_updates} updates of the head alone, then " if run.head_updates else ""
+        rate = f"learning rate {run.learning_rate:g}"
+        return f"from {start}: {head}{run.updates} updates at {rate},"
 
 
 def open_workspace(

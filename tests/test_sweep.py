@@ -574,7 +574,7 @@ def test_estimate_counts_by_hand(undisturbed, tmp_path):
 def test_ensemble_is_the_mean_of_the_scores(undisturbed, tmp_path):
     seeds = [replace(BRICK, method="cutpaste_3way", seed=seed) for seed in (0, 1)]
     alone = replace(GEAR, method="cutpaste_3way")
-    for run, source in zip([*seeds, alone], RUNS, strict=True):
+    for run, source in zip([alone, *seeds], RUNS, strict=True):
         shutil.copytree(run_folder(source, undisturbed), run_folder(run, tmp_path))
         fields = json.loads((run_folder(run, tmp_path) / "run.json").read_text())["run"]
         fields |= {name: getattr(run, name) for name in ("method", "category", "seed", "updates")}
