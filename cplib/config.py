@@ -192,7 +192,9 @@ class Profile:
             **(self.protocol | changes),
         )
         if method not in BASELINES:
-            return run if method == "cutpaste_3way" else replace(run, curve=0)
+            # Four classes in the batch that two take (A.1: 64 images): half the sources.
+            sources = max(1, run.sources // 2) if method == "rotation" else run.sources
+            return replace(run, sources=sources, curve=run.curve * (method == "cutpaste_3way"))
         bare = Run(method=method, category=category, seed=seed, dataset=run.dataset)
         bare = replace(bare, size=run.size, updates=0)
         if method == "pretrained":
@@ -222,7 +224,7 @@ PROFILES = {
             seeds=2,
             other_seeds=1,
             protocol={"size": 128, "updates": 100, "sources": 16},
-            patch={"patch": 32},
+            patch={"patch": 32, "stride": 8},
             pretrained_backbone="efficientnet_lite0",
         ),
         Profile(

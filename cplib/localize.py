@@ -1,5 +1,6 @@
 """Where the defect is: dense patch scores, receptive-field upsampling, GradCAM (2.4, 4.2, A.5)."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -97,15 +98,16 @@ def upsample(
     """Patch scores (N, rows, columns) as heat maps (N, H, W) of the picture's ``size`` (A.5).
 
     A transposed convolution with one Gaussian kernel the size of the receptive field spreads each
-    score over its patch; divided by the sum of the kernels, so that the border is not dimmed.
+    score over its patch. The kernel's values at one pixel sum to one inside the picture and to less
+    at its border, as in the paper: divided by that sum, each border pixel would take the whole
+    score of its one patch, and heat maps would peak at the border instead of on the defect.
     Pixels that no patch covers take the value of the nearest one that is.
     """
     axis = torch.arange(patch, device=maps.device, dtype=maps.dtype) - (patch - 1) / 2
     bell = torch.exp(-(axis**2) / (2 * std**2))
+    bell = bell / bell.sum() * stride
     kernel = (bell[:, None] * bell)[None, None]
-    spread = F.conv_transpose2d(maps[:, None], kernel, stride=stride)
-    weight = F.conv_transpose2d(torch.ones_like(maps[:1, None]), kernel, stride=stride)
-    heat = spread / weight
+    heat = F.conv_transpose2d(maps[:, None], kernel, stride=stride)
     rest = size[0] - heat.shape[2], size[1] - heat.shape[3]
     return F.pad(heat, (0, rest[1], 0, rest[0]), mode="replicate")[:, 0]
 
@@ -116,7 +118,9 @@ def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly. Layer and
     target are our choice, the paper names neither (4.2).
     """
-    from captum.attr import LayerGradCam
+    with warnings.catch_warnings():  # captum asks for notebook widgets that it does not need here
+        warnings.simplefilter("ignore")
+        from captum.attr import LayerGradCam
 
     def against_normal(x: Tensor) -> Tensor:
         logits = net(x)

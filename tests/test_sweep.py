@@ -597,6 +597,7 @@ def test_ensemble_is_the_mean_of_the_scores(undisturbed, tmp_path):
 
 CLUSTER = """
 import os, sys, threading, time
+import psutil
 import torch
 from cplib import sweep
 from cplib.config import Run
@@ -615,16 +616,15 @@ runs = [Run(category="gear", updates=8, **common)]
 runs += [Run(category="brick", updates=4, seed=seed, **common) for seed in (0, 1)]
 runs += [Run(category="nut", updates=4, **common)]
 
-def kill_when_both_work():
-    while sum(n["Resources"].get("CPU", 0) for n in ray.nodes()) < 2 or free():
-        time.sleep(0.02)
+def kill_when_it_works():
+    raylet = psutil.Process(worker.all_processes["raylet"][0].process.pid)
+    while not any("ray::attempt" in " ".join(p.cmdline()) for p in raylet.children()):
+        time.sleep(0.05)
+    time.sleep(1)
     cluster.remove_node(worker, allow_graceful=False)
     print("killed", flush=True)
 
-def free():
-    return ray.available_resources().get("CPU", 0)
-
-threading.Thread(target=kill_when_both_work).start()
+threading.Thread(target=kill_when_it_works, daemon=True).start()
 os.chdir(os.path.dirname(results))
 relative = os.path.basename(results)
 for o in sweep.execute_all(runs, data_root=data, results=relative, engine="ray"):

@@ -1,0 +1,191 @@
+"""Localisation: windows in the right order, exact upsampling, peaks where the defect is."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from cplib.augment import crop
+from cplib.density import Gaussian, l2_normalise
+from cplib.localize import gradcam, patch_features, patch_maps, positions, upsample
+from cplib.metrics import PIXEL_METRICS, peak_within, pixel_metrics
+from cplib.model import PretextNet
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return PretextNet(3).eval()
+
+
+def noise(n, h, w, seed=0):
+    """Pictures of weak noise on grey, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(118, 138, (n, 3, h, w), generator=generator, dtype=torch.uint8)
+
+
+def test_a_256_pixel_picture_has_the_papers_positions():
+    assert positions(256, 256, 64) == (49, 49)
+    assert positions(256, 256, 32) == (57, 57)
+
+
+@pytest.mark.parametrize("size", [(31, 64), (64, 31)])
+def test_a_picture_smaller_than_a_patch_is_refused_by_its_size(net, size):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*smaller than a 32-px patch"):
+        patch_features(net, noise(1, *size), patch=32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64)])
+def test_every_feature_is_that_of_its_own_window(net, height, width):
+    pixels = noise(2, height, width)
+    found = patch_features(net, pixels, patch=32, stride=8, batch=3)
+    assert found.shape == (2, (height - 32) // 8 + 1, (width - 32) // 8 + 1, 512)
+    for n, r, c in itertools.product(*map(range, found.shape[:3])):
+        window = pixels[n : n + 1, :, 8 * r : 8 * r + 32, 8 * c : 8 * c + 32]
+        with torch.no_grad():
+            expected = net.features(window.float() / 255)[0]
+        torch.testing.assert_close(found[n, r, c], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_maps_equal_scikit_learns_gaussians_one_place_at_a_time(net, per_position):
+    normal, pixels = noise(5, 48, 56), noise(2, 48, 56, seed=1)
+    options = {"patch": 32, "stride": 8}
+    reg = 1e-4
+    maps = patch_maps(net, normal, pixels, per_position=per_position, reg_covar=reg, **options)
+    z = l2_normalise(patch_features(net, normal, **options)).double().numpy()
+    z_test = l2_normalise(patch_features(net, pixels, **options)).double().numpy()
+    for r, c in itertools.product(range(maps.shape[1]), range(maps.shape[2])):
+        data = z[:, r, c] if per_position else z.reshape(-1, 512)
+        mixture = GaussianMixture(1, reg_covar=reg).fit(data)
+        constant = Gaussian.fit(torch.from_numpy(data), reg_covar=reg).log_normaliser.item()
+        expected = -mixture.score_samples(z_test[:, r, c]) - constant
+        np.testing.assert_allclose(maps[:, r, c], expected, rtol=1e-3)
+
+
+def test_a_stream_gives_the_gaussian_of_the_whole():
+    z = torch.randn(200, 12, generator=torch.Generator().manual_seed(0)) + 3
+    whole, stream = Gaussian.fit(z), Gaussian.fit_stream(z.split(33))
+    torch.testing.assert_close(stream.mean, whole.mean)
+    torch.testing.assert_close(stream.factor, whole.factor, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="at least one"):
+        Gaussian.fit_stream([])
+
+
+def test_upsampling_spreads_each_score_over_its_window_by_one_kernel():
+    maps = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    patch, stride, std = 8, 4, 3.0
+    heat = upsample(maps, (20, 16), patch=patch, stride=stride, std=std)
+    offset = np.arange(patch) - 3.5
+    bell = np.exp(-(offset**2) / (2 * std**2))
+    kernel = stride**2 * np.outer(bell, bell) / bell.sum() ** 2
+    expected = np.zeros((2, 20, 16))
+    for r, c in itertools.product(range(4), range(3)):
+        part = maps[:, r, c].numpy()[:, None, None] * kernel
+        expected[:, 4 * r : 4 * r + patch, 4 * c : 4 * c + patch] += part
+    np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_flat_map_stays_flat_inside_and_fades_towards_the_border():
+    heat = upsample(torch.ones(1, 30, 30), (151, 150), patch=32, stride=4)[0]
+    torch.testing.assert_close(heat[40:110, 40:110], torch.ones(70, 70), rtol=0.02, atol=0.02)
+    assert heat[0, 0] < 0.1 < 0.9 < heat[30, 30]
+    assert torch.equal(heat[148], heat[147])
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("corner", list(itertools.product((12, 60), (20, 76))))
+def test_a_defect_planted_in_a_quadrant_is_where_the_heat_map_peaks(net, corner, per_position):
+    normal, test = noise(12, 96, 112), noise(1, 96, 112, seed=1)
+    y, x = corner
+    test[0, :, y : y + 16, x : x + 16] = torch.tensor([250, 20, 20], dtype=torch.uint8).view(
+        3, 1, 1
+    )
+    maps = patch_maps(net, normal, test, patch=32, stride=4, per_position=per_position)
+    heat = upsample(maps, (96, 112), patch=32)[0]
+    peak = divmod(int(heat.argmax()), 112)
+    assert y - 8 <= peak[0] < y + 24
+    assert x - 8 <= peak[1] < x + 24
+
+
+def test_gradcam_has_the_size_of_the_picture_and_leaves_the_network_alone(net):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    maps = gradcam(net, noise(2, 96, 64))
+    assert maps.shape == (2, 96, 64)
+    assert (maps >= 0).all()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def brute_force_pro(masks, heat, limit):
+    """Area under the per-region overlap over the false positive rate, by its definition."""
+    from scipy.ndimage import label
+
+    regions = [
+        (n, part == i)
+        for n, m in enumerate(masks)
+        for part, k in [label(m, np.ones((3, 3)))]
+        for i in range(1, k + 1)
+    ]
+    points = [(0.0, 0.0)]
+    for threshold in sorted(set(heat.ravel()), reverse=True):
+        hot = heat >= threshold
+        overlap = np.mean([hot[n][region].mean() for n, region in regions])
+        points.append((hot[~masks].mean(), overlap))
+    x, y = np.array(points).T
+    grid = np.append(x[x < limit], limit)
+    return (
+        np.trapezoid(
+            np.interp(grid, x, y)
+            if (x == limit).any()
+            else np.append(y[x < limit], np.interp(limit, x, y)),
+            grid,
+        )
+        / limit
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pixel_metrics_agree_with_their_definitions(seed):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((3, 24, 20), bool)
+    masks[0, 3:7, 4:9] = masks[0, 15:18, 10:19] = masks[1, 10:20, 2:4] = True
+    heat = rng.random(masks.shape).astype(np.float32) + 0.7 * masks
+    found = pixel_metrics(masks, heat)
+    assert tuple(found) == PIXEL_METRICS
+    pairs = heat[masks][:, None] > heat[~masks]
+    assert found["pixel_auroc"] == pytest.approx(100 * pairs.mean(), abs=1e-6)
+    for name, limit in (("aupro_30", 0.3), ("aupro_05", 0.05)):
+        assert found[name] == pytest.approx(100 * brute_force_pro(masks, heat, limit), abs=1.0)
+
+
+def test_pixel_metrics_are_empty_without_masks_or_defects():
+    empty = dict.fromkeys(PIXEL_METRICS)
+    assert pixel_metrics(None, torch.rand(2, 8, 8)) == empty
+    assert pixel_metrics(np.zeros((2, 8, 8), bool), np.random.rand(2, 8, 8)) == empty
+
+
+def test_the_peak_counts_on_the_mask_and_within_the_distance():
+    masks = np.zeros((3, 40, 40), bool)
+    masks[:2, 5:10, 5:10] = True
+    heat = np.zeros((3, 40, 40))
+    heat[0, 9, 25] = heat[1, 30, 30] = heat[2, 0, 0] = 1
+    assert peak_within(masks, heat, 16) == 50
+    assert peak_within(masks, heat, 15) == 0
+    assert peak_within(masks[2:], heat[2:]) is None
+
+
+def test_crops_are_windows_of_their_pictures_at_places_of_their_own():
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
+    pictures = torch.stack([y, x, y * 0]).to(torch.uint8).expand(64, -1, -1, -1)
+    crops = crop(pictures, torch.Generator().manual_seed(0), side=32)
+    top, left = crops[:, 0, 0, 0].int(), crops[:, 1, 0, 0].int()
+    expected = torch.arange(32)
+    assert (crops[:, 0, :, 5].int() == top[:, None] + expected).all()
+    assert (crops[:, 1, 7].int() == left[:, None] + expected).all()
+    assert set(top.tolist()) == set(range(9))
+    assert left.min() <= 3
+    assert left.max() >= 25
+    with pytest.raises(ValueError, match="smaller than"):
+        crop(pictures, torch.Generator(), side=41)
