@@ -156,6 +156,7 @@ class Profile:
     seeds: int  # of cutpaste_3way, the method that the ensemble is made of
     other_seeds: int  # of every other method
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
+    ablation: tuple[str, ...] = ()  # categories of Tables 4 and 5's own methods; empty: all
     patch: dict = field(default_factory=lambda: {"patch": 64})  # the patch model's fields
     pretrained_backbone: str = "resnet18"
 
@@ -223,7 +224,8 @@ PROFILES = {
             methods=BASELINES + TABLE1,
             seeds=2,
             other_seeds=1,
-            protocol={"size": 128, "updates": 100, "sources": 16},
+            protocol={"size": 128, "updates": 80, "sources": 16},
+            ablation=("brick", "gear"),
             patch={"patch": 32, "stride": 8},
             pretrained_backbone="efficientnet_lite0",
         ),

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from cplib import data, runs, sweep
-from cplib.config import PROFILES, Profile, Run
+from cplib.config import PROFILES, TRAINED, Profile, Run
 from cplib.demo import make_demo
 from cplib.model import weights_file
 
@@ -42,6 +42,15 @@ class Workspace:
         """The runs of the patch model (Table 2)."""
         return self.profile.patch_runs(self.categories, self.seeds)
 
+    def ablation_runs(self, methods: tuple[str, ...] = TRAINED) -> list[Run]:
+        """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
+        few = [c for c in self.categories if c in (self.profile.ablation or self.categories)]
+        return self.profile.runs(methods, few, self.seeds)
+
+    def all_runs(self) -> list[Run]:
+        """Every run of the profile, each once, in the order in which they are wanted."""
+        return list(dict.fromkeys(self.runs() + self.patch_runs() + self.ablation_runs()))
+
     def missing(self, planned: list[Run]) -> list[Run]:
         """Those of the planned runs that are not in the results yet."""
         return sweep.missing(planned, self.results)
@@ -69,7 +78,7 @@ class Workspace:
     def estimate(self) -> pd.DataFrame:
         """What the profile's missing runs cost on this device."""
         name = runs.device_name(torch.device(self.device))
-        return sweep.estimate(self.runs() + self.patch_runs(), self.results, name)
+        return sweep.estimate(self.all_runs(), self.results, name)
 
     def load(self, category: str, split: str, size: int = 256) -> data.Images:
         """One category's pictures."""
