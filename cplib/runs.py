@@ -25,7 +25,7 @@ from cplib.density import Gaussian, l2_normalise
 from cplib.localize import gradcam, patch_maps, upsample
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
-from cplib.train import build, fit, images, uses_bf16
+from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
 
 RECORD_VERSION = 1
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
@@ -208,7 +208,7 @@ def device_name(device: torch.device) -> str:
     """The device in words: a GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}"
+    return f"CPU, {cpu_capabilities().get('cpu_name') or platform.machine()}"
 
 
 def git_commit() -> str | None:

@@ -47,7 +47,12 @@ def uses_bf16(run: Run, device: str | torch.device) -> bool:
         return run.precision == "bf16"
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return bool(cpu_capabilities().get("amx_bf16", False))
+
+
+def cpu_capabilities() -> dict:
+    """What torch says of the processor; nothing from a torch too old to say (2.11)."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def options(run: Run) -> dict[str, dict]:
@@ -117,7 +122,9 @@ def fit(
         update += 1
         if update in rows:
             row = _row(update, history, sums, optimizer, time.time() - started)
+            noted = time.time()
             history.append(row | (watch(net) if watch and update in points else {}))
+            started += time.time() - noted  # what is noted on the way is not training time
         late = deadline is not None and time.time() > deadline
         if checkpoint and (late or time.time() - saved > CHECKPOINT_SECONDS):
             save(checkpoint, run, net, optimizer, generator, update, history, sums)
