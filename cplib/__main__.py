@@ -44,8 +44,7 @@ def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
 
 def write_readme() -> int:
     """Fill the README's tables from the committed results."""
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(), ROOT / "results"))
+    (ROOT / "README.md").write_text(filled(ROOT))
     return 0
 
 

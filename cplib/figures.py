@@ -36,7 +36,7 @@ def use_style() -> None:
         {
             "figure.constrained_layout.use": True,
             "figure.dpi": 72,
-            "savefig.dpi": 150,
+            "savefig.dpi": 110,
             "image.cmap": "viridis",
             "svg.hashsalt": "cplib",
         }
@@ -63,7 +63,9 @@ def overlay(picture, heat, limits: tuple[float, float], strength: float = 0.6):
     return picture.permute(1, 2, 0).numpy() / 255 * (1 - weight) + colour * weight
 
 
-def image_grid(rows: dict[str, list], titles: list[str] | None = None, side: float = 1.5) -> Figure:
+def image_grid(
+    rows: dict[str, list], titles: list[str] | None = None, side: float = 1.25
+) -> Figure:
     """Pictures in labelled rows; each is (3, H, W), (H, W, 3) or (H, W), uint8 or in [0, 1].
 
     ``titles`` stand above the columns; ``side`` is a picture's width in inches.

@@ -1,5 +1,6 @@
 """Execute the notebooks headless, one line each with the minutes, and keep them as HTML too."""
 
+import json
 import logging
 import os
 import sys
@@ -92,8 +93,17 @@ def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:
         return False
     page, _ = nbconvert.HTMLExporter(exclude_input_prompt=True).from_filename(str(out))
     out.with_suffix(".html").write_text(page)
-    print(f" {(time.time() - began) / 60:.1f} min", flush=True)
+    minutes = round((time.time() - began) / 60, 1)
+    print(f" {minutes} min", flush=True)
+    note_minutes(workspace.results / "minutes.json", path.stem, minutes)
     return True
+
+
+def note_minutes(file: Path, notebook: str, minutes: float) -> None:
+    """Keep the longest that a notebook took: with everything still to train."""
+    noted = json.loads(file.read_text()) if file.exists() else {}
+    noted[notebook] = max(minutes, noted.get(notebook, 0))
+    file.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
 
 
 def relative(folder: Path | None) -> str:

@@ -25,23 +25,28 @@ def table1(results: Path) -> str:
     return f"{protocol} Ours, in brackets the paper's; mean±standard error.\n\n{markdown(grid)}"
 
 
-def minutes(results: Path) -> str:
-    """Each executed notebook's title and the minutes that papermill took for it."""
+def minutes(results: Path, notebooks: Path) -> str:
+    """Each notebook's title, and the longest that it took: with everything to train."""
     rows = {}
-    for path in sorted((results / "notebooks").glob("*.ipynb")):
-        notebook = json.loads(path.read_text())
-        title = "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
-        seconds = notebook["metadata"]["papermill"]["duration"]
-        link = f"[{path.stem}](notebooks/{path.name})"
-        rows[link] = {"what": title.split(" ", 1)[1], "minutes": f"{seconds / 60:.1f}"}
+    for name, taken in json.loads((results / "minutes.json").read_text()).items():
+        path = notebooks / f"{name}.ipynb"
+        title = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines()[0]
+        rows[f"[{name}](notebooks/{path.name})"] = {
+            "what": title.lstrip("# ").split(" ", 1)[1],
+            "minutes": taken,
+        }
     grid = pd.DataFrame(rows).T
     grid.index.name = "notebook"
     return markdown(grid)
 
 
-def filled(text: str, results: Path) -> str:
-    """The README's text with what stands between its markers made anew from ``results``."""
-    parts = {"table1": table1(results / "quick"), "minutes": minutes(results / "demo")}
+def filled(root: Path) -> str:
+    """The README's text with what stands between its markers made anew from the results."""
+    text, results = (root / "README.md").read_text(), root / "results"
+    parts = {
+        "table1": table1(results / "quick"),
+        "minutes": minutes(results / "demo", root / "notebooks"),
+    }
     for name, part in parts.items():
         pattern = rf"(<!-- {name} begin -->\n).*?(<!-- {name} end -->)"
         text = re.sub(pattern, lambda m, p=part: m[1] + p + m[2], text, flags=re.DOTALL)
