@@ -236,14 +236,16 @@ PROFILES = {
             methods=BASELINES + TABLE1,
             seeds=2,
             other_seeds=1,
+            # The shortest schedule whose AUROC is not below that of three times the updates
+            # (notebook 02, the curves): longer, screw falls again and transistor gains little.
             protocol={
                 "head_updates": 40,
-                "updates": 200,
+                "updates": 40,
                 "sources": 16,
                 "learning_rate": 0.001,
                 "init": "imagenet",
                 "freeze_batchnorm": True,
-                "curve": 3,
+                "curve": 2,
             },
         ),
         Profile(

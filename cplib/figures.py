@@ -35,7 +35,7 @@ def use_style() -> None:
     plt.rcParams.update(
         {
             "figure.constrained_layout.use": True,
-            "figure.dpi": 72,
+            "figure.dpi": 60,
             "savefig.dpi": 110,
             "image.cmap": "viridis",
             "svg.hashsalt": "cplib",

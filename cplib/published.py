@@ -7,6 +7,7 @@ import pandas as pd
 from cplib.config import DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, TEXTURES
 
 TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
+AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
 KEYS = ["method", "category", "metric"]
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", "published_mean", "published_stderr"]
 
@@ -90,9 +91,9 @@ def against_paper(
     both = ours.merge(paper, on=KEYS, how="outer")
     both = both[both["method"].isin(methods)][COLUMNS]
     both["seeds"] = both["seeds"].astype("Int64")
-    order = [*TEXTURES, "average_texture", *OBJECTS, "average_object", "average_all"]
-    order += [*DEMO_TEXTURES, *DEMO_OBJECTS]
-    order = [*dict.fromkeys(order), *sorted(set(both["category"]) - set(order))]
+    order = [*TEXTURES, *DEMO_TEXTURES, "average_texture", *OBJECTS, *DEMO_OBJECTS]
+    own = sorted(set(both["category"]) - {*order, *AVERAGES})
+    order += [*own, *AVERAGES[1:]]
     return _sorted(both, method=methods, category=order, metric=metrics)
 
 
