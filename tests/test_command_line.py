@@ -174,7 +174,7 @@ def test_a_workspace_takes_the_profiles_own_where_nothing_is_asked(demo_root, tm
     assert workspace.results == tmp_path
     assert workspace.budget is None
     assert workspace.runs() == SMOKE.runs()
-    assert workspace.missing() == workspace.runs()
+    assert workspace.missing(workspace.runs()) == workspace.runs()
 
 
 def test_a_workspace_takes_what_is_asked(demo_root, tmp_path):
@@ -199,11 +199,11 @@ def test_the_data_may_be_named_by_the_environment(demo_root, tmp_path, monkeypat
 def test_without_mvtec_a_workspace_opens_and_says_what_it_lacks(tmp_path):
     workspace = open_workspace("quick", results=str(tmp_path))
     assert workspace.data is None
-    assert len(workspace.collect()) == 0
+    assert len(workspace.collect(workspace.runs())) == 0
     with pytest.raises(UsageError, match="MVTEC_ROOT"):
         workspace.load("bottle", "train")
     with pytest.raises(UsageError, match="MVTEC_ROOT"):
-        workspace.execute(workspace.missing())
+        workspace.execute(workspace.missing(workspace.runs()))
 
 
 def test_the_protocol_says_what_the_numbers_were_measured_with(demo_root, tmp_path):
@@ -287,7 +287,26 @@ def test_no_notebook_warns(smoke, name):
 
 
 def test_every_run_of_the_profile_is_there_and_nothing_else(smoke):
-    assert {path.name for path in (smoke / "runs").iterdir()} == {r.id for r in SMOKE.runs()}
+    planned = open_workspace("smoke", results=str(smoke)).all_runs()
+    assert {run.id for run in planned} > {run.id for run in SMOKE.runs()}
+    assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in planned}
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("table2_pixel_level", {"cutpaste_3way_patch", "cutpaste_3way_gradcam"}),
+        ("table4_cutout_variants", {"cutout", "cutout_mean", "cutout_color", "confetti"}),
+        ("table5_binary_vs_3way", {"cutpaste_union", "cutpaste_3way"}),
+    ],
+)
+def test_the_other_tables_are_measured_in_the_contracts_columns(smoke, name, methods):
+    table = pd.read_csv(smoke / "tables" / f"{name}.csv")
+    assert ",".join(table) == CONTRACT
+    measured = table.dropna(subset="mean")
+    for method in methods:
+        assert set(SMOKE.categories) <= set(measured.loc[measured["method"] == method, "category"])
+    assert measured["mean"].between(0, 100).all()
 
 
 def test_table_1_has_the_contracts_columns_and_every_cell_measured(smoke):
