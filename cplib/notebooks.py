@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbconvert
+import nbformat
 import papermill
 
 from cplib.workspace import ROOT, UsageError, Workspace, open_workspace
@@ -91,12 +92,21 @@ def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:
         print(f" FAILED after {(time.time() - began) / 60:.1f} min")
         print(f"  {error.ename}: {error.evalue}\n  see {out}", file=sys.stderr, flush=True)
         return False
+    forget_paths(out)
     page, _ = nbconvert.HTMLExporter(exclude_input_prompt=True).from_filename(str(out))
     out.with_suffix(".html").write_text(page)
     minutes = round((time.time() - began) / 60, 1)
     print(f" {minutes} min", flush=True)
     note_minutes(workspace.results / "minutes.json", path.stem, minutes)
     return True
+
+
+def forget_paths(out: Path) -> None:
+    """Take the machine's folders out of an executed notebook's record."""
+    notebook = nbformat.read(out, as_version=4)
+    for name in ("input_path", "output_path"):
+        notebook.metadata.papermill[name] = Path(notebook.metadata.papermill[name]).name
+    nbformat.write(notebook, out)
 
 
 def note_minutes(file: Path, notebook: str, minutes: float) -> None:
