@@ -1,5 +1,6 @@
 """The paper's numbers as they are printed, and our numbers beside them."""
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cplib.published import (
     wide,
     with_averages,
 )
+from cplib.workspace import ROOT
 
 SOURCE = Path(__file__).resolve().parents[1] / ".." / "shared" / "paper"
 KEYS = ["method", "category", "metric"]
@@ -345,14 +347,25 @@ def test_the_readme_shows_what_was_measured_between_its_markers(saved):
 
 def test_the_readme_is_filled_between_its_markers_only(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "table1", lambda results: f"{results.name}\n")
-    monkeypatch.setattr(readme, "minutes", lambda results: "\\1 minute\n")
+    monkeypatch.setattr(readme, "minutes", lambda results, notebooks: "\\1 minute\n")
     text = "a\n<!-- table1 begin -->\nold\n<!-- table1 end -->\nb\n"
     text += "<!-- minutes begin -->\n<!-- minutes end -->\nc\n"
-    filled = readme.filled(text, tmp_path)
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    filled = readme.filled(tmp_path)
     assert filled == text.replace("old\n", "quick\n").replace(
         "<!-- minutes begin -->\n", "<!-- minutes begin -->\n\\1 minute\n"
     )
-    assert readme.filled(filled, tmp_path) == filled
+    file.write_text(filled)
+    assert readme.filled(tmp_path) == filled
+
+
+def test_the_readme_says_what_the_committed_results_say():
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "results", "README.md"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or done.stdout:
+        pytest.skip("the results here are not the committed ones")
+    assert (ROOT / "README.md").read_text() == readme.filled(ROOT)
 
 
 def test_wide_shows_ours_and_then_the_papers_in_brackets():
