@@ -72,12 +72,12 @@ def patch_maps(
         z = torch.cat(list(_normalised(net, normal, options)))  # (M, rows, columns, D)
         z_test = torch.cat(list(_normalised(net, pixels, options)))
         lines = [_by_position(z[:, r], z_test[:, r], reg_covar) for r in range(rows)]
-        return torch.stack(lines, 1)
+        return torch.stack(lines, 1).cpu()
     gaussian = Gaussian.fit_stream(
         (z.flatten(0, 2) for z in _normalised(net, normal, options)), reg_covar=reg_covar
     )
     parts = [gaussian.score(z.flatten(0, 2)) for z in _normalised(net, pixels, options)]
-    return torch.cat(parts).view(-1, rows, columns).float()
+    return torch.cat(parts).view(-1, rows, columns).float().cpu()
 
 
 def _normalised(net: PretextNet, pixels: Tensor, options: dict) -> Iterator[Tensor]:
