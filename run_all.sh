@@ -29,7 +29,8 @@ set_up() {
     wanted=$(cksum requirements.txt pyproject.toml | cksum)
     [[ -x $python && "$(cat .venv/.complete 2>/dev/null)" == "$wanted" ]] && return
     echo "setting up .venv with requirements.txt (once; a few minutes, about 6 GB) ..."
-    [[ -x $python ]] || "$(find_python)" -m venv .venv
+    local found
+    [[ -x $python ]] || { found=$(find_python) || exit 2; "$found" -m venv .venv; }
     if ! "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt \
         >.venv/install.log 2>&1; then
         tail -n 5 .venv/install.log >&2

@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from cplib import runs
-from cplib.notebooks import run_notebooks
 from cplib.readme import filled
 from cplib.sweep import ENGINES
 from cplib.workspace import ROOT
@@ -42,13 +41,20 @@ def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
     return 0 if same else 1
 
 
+def notebooks(**options) -> int:
+    """Execute the notebooks; what that needs is imported only here."""
+    from cplib.notebooks import run_notebooks
+
+    return run_notebooks(**options)
+
+
 def write_readme() -> int:
     """Fill the README's tables from the committed results."""
     (ROOT / "README.md").write_text(filled(ROOT))
     return 0
 
 
-COMMANDS = {"notebooks": run_notebooks, "rerun": rerun, "readme": write_readme}
+COMMANDS = {"notebooks": notebooks, "rerun": rerun, "readme": write_readme}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,6 +77,7 @@ class Run:
     scar_length: tuple[float, float] = (10, 25)
     scar_angle: float = 45.0  # degrees either way
     patch_jitter: float = 0.1  # of what is pasted (A.2)
+    confetti_strength: float = 0.5  # largest shift of a channel, in Table 4's confetti
     l2_normalise: bool = True  # features on the unit sphere before the Gaussian
     reg_covar: float = 1e-6  # added to the covariance's diagonal
     patch: int = 0  # side of the patch model's crops in pixels (2.4); 0: whole pictures

@@ -60,30 +60,33 @@ def patch_maps(
     stride: int = 4,
     per_position: bool = False,
     reg_covar: float = 1e-6,
+    l2: bool = True,
     bf16: bool = False,
 ) -> Tensor:
     """Anomaly scores (N, rows, columns) of every patch of ``pixels``; Gaussians from ``normal``.
 
     ``per_position`` fits one Gaussian to each place of an aligned category, else one to all (A.5).
     """
-    options = {"patch": patch, "stride": stride, "bf16": bf16}
+    options = {"patch": patch, "stride": stride, "bf16": bf16, "l2": l2}
     rows, columns = positions(*pixels.shape[2:], patch, stride)
     if per_position:
-        z = torch.cat(list(_normalised(net, normal, options)))  # (M, rows, columns, D)
-        z_test = torch.cat(list(_normalised(net, pixels, options)))
+        z = torch.cat(list(_chunks(net, normal, options)))  # (M, rows, columns, D)
+        z_test = torch.cat(list(_chunks(net, pixels, options)))
         lines = [_by_position(z[:, r], z_test[:, r], reg_covar) for r in range(rows)]
         return torch.stack(lines, 1).cpu()
     gaussian = Gaussian.fit_stream(
-        (z.flatten(0, 2) for z in _normalised(net, normal, options)), reg_covar=reg_covar
+        (z.flatten(0, 2) for z in _chunks(net, normal, options)), reg_covar=reg_covar
     )
-    parts = [gaussian.score(z.flatten(0, 2)) for z in _normalised(net, pixels, options)]
+    parts = [gaussian.score(z.flatten(0, 2)) for z in _chunks(net, pixels, options)]
     return torch.cat(parts).view(-1, rows, columns).float().cpu()
 
 
-def _normalised(net: PretextNet, pixels: Tensor, options: dict) -> Iterator[Tensor]:
-    """L2-normalised patch features, a few pictures at a time."""
+def _chunks(net: PretextNet, pixels: Tensor, options: dict) -> Iterator[Tensor]:
+    """Patch features, scaled to length one where asked, a few pictures at a time."""
+    options = dict(options)
+    scale = l2_normalise if options.pop("l2") else torch.Tensor.float
     for chunk in pixels.split(CHUNK):
-        yield l2_normalise(patch_features(net, chunk, **options))
+        yield scale(patch_features(net, chunk, **options))
 
 
 def _by_position(z: Tensor, z_test: Tensor, reg_covar: float) -> Tensor:

@@ -102,7 +102,9 @@ def weights_digest(path: Path) -> str:
 def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None) -> None:
     """Fill an encoder with ImageNet weights; the classifier's entries are dropped."""
     if weights_file(backbone, folder) is None and backbone == "resnet18":
-        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(
+            progress=False, check_hash=True
+        )
     path = weights_file(backbone, folder)
     if path is None:
         raise FileNotFoundError(f"no ImageNet weights for {backbone}: see {WEIGHTS_PACKAGE}")
@@ -121,5 +123,6 @@ def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32) -> Tensor:
     """
     net.eval()
     device = net.pixel_mean.device
-    chunks = [net.features(chunk.to(device).float() / 255).cpu() for chunk in pixels.split(batch)]
-    return torch.cat(chunks)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        parts = [net.features(part.to(device).float() / 255).cpu() for part in pixels.split(batch)]
+    return torch.cat(parts)

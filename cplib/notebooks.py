@@ -88,9 +88,13 @@ def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:
                 coalesce_streams=True,
                 kernel_name="python3",
             )
-    except papermill.PapermillExecutionError as error:
+    except (papermill.PapermillExecutionError, RuntimeError) as error:  # or its kernel died
+        what = getattr(error, "evalue", None) or error
         print(f" FAILED after {(time.time() - began) / 60:.1f} min")
-        print(f"  {error.ename}: {error.evalue}\n  see {out}", file=sys.stderr, flush=True)
+        print(
+            f"  {getattr(error, 'ename', type(error).__name__)}: {what}\n  see {out}",
+            file=sys.stderr,
+        )
         return False
     forget_paths(out)
     page, _ = nbconvert.HTMLExporter(exclude_input_prompt=True).from_filename(str(out))

@@ -111,6 +111,26 @@ def _sorted(table: pd.DataFrame, **orders) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
+def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") -> pd.DataFrame:
+    """Our means, categories down and methods across: only categories that every method has."""
+    cells = table[(table["metric"] == metric) & ~table["category"].str.startswith("average")]
+    grid = cells.pivot(index="category", columns="method", values="mean").reindex(columns=methods)
+    return grid.dropna(axis=1, how="all").dropna()
+
+
+def orders(table: pd.DataFrame, name: str, methods: tuple[str, ...], names: dict) -> str:
+    """A sentence: the order of the methods as we measured it, and as the paper's table has it."""
+    grid = common(table, methods)
+    if grid.empty or grid.shape[1] < 2:
+        return "Too little was measured to order the methods."
+    paper = published(name).query("category == 'average_all'").set_index("method")
+    ours = grid.mean().sort_values(ascending=False)
+    theirs = paper["published_mean"].reindex(ours.index).dropna().sort_values(ascending=False)
+    first = " > ".join(f"{names[m]} {v:.1f}" for m, v in ours.items())
+    second = " > ".join(f"{names[m]} {v:.1f}" for m, v in theirs.items())
+    return f"Mean over {', '.join(grid.index)}: {first}. The paper's, over its fifteen: {second}."
+
+
 def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """One metric as the paper prints it: categories down, methods across, "ours (paper's)"."""
     part = table[table["metric"] == metric]

@@ -29,6 +29,7 @@ from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
 
 RECORD_VERSION = 1
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
+PEAK = "peak_within_16px"
 TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
@@ -124,6 +125,7 @@ def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> 
         stride=run.stride,
         per_position=run.per_position,
         reg_covar=run.reg_covar,
+        l2=run.l2_normalise,
         bf16=uses_bf16(run, net.pixel_mean.device),
     )
     scores = maps.amax((1, 2))
@@ -133,10 +135,8 @@ def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> 
 
 def _located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
     """Pixel-level metrics of heat maps; the peak's distance is 16 px of a 256-px picture."""
-    if test.masks is None:
-        return pixel_metrics(None, heat)
-    peak = peak_within(test.masks, heat, 16 * run.size / 256)
-    return pixel_metrics(test.masks, heat) | {"peak_within_16px": peak}
+    peak = None if test.masks is None else peak_within(test.masks, heat, 16 * run.size / 256)
+    return pixel_metrics(test.masks, heat) | {PEAK: peak}
 
 
 def gradcam_metrics(
@@ -153,7 +153,9 @@ def gradcam_metrics(
             return None
         test = data.load(data_root, run.category, "test", run.size)
         heat = gradcam(load_model(run, results).to(device), test.pixels)
-        _write_json(record, _located(run, test, heat))
+        part = record.with_suffix(f".{os.getpid()}.tmp")
+        _write_json(part, _located(run, test, heat))
+        part.replace(record)
     return json.loads(record.read_text())
 
 
@@ -276,8 +278,8 @@ def collect(results: str | Path, **where) -> pd.DataFrame:
             warnings.warn(str(error), stacklevel=2)
             continue
         rows.append({"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}})
-    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, *TIMING]
-    table = pd.DataFrame(rows, columns=None if rows else columns)
+    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, PEAK, *TIMING]
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys(columns)))  # precision: as recorded
     keep = pd.Series(True, index=table.index)
     for name, value in where.items():
         keep &= table[name] == value

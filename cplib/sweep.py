@@ -78,6 +78,8 @@ def execute_all(
 
 def _jobs(device: str, threads: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if asked := os.environ.get("CPLIB_JOBS"):
+        return max(1, int(asked))
     return 1 if torch.device(device).type == "cuda" else max(1, cores // threads)
 
 
@@ -91,7 +93,9 @@ def _on_joblib(todo: list[Run], options: dict, jobs: int) -> Iterator[Outcome]:
             yield outcome
     except TerminatedWorkerError:  # the system ended a process, and joblib then ends them all
         for run in left:
-            yield Outcome(run, "failed", "its process died: too little memory? Try fewer jobs")
+            yield Outcome(
+                run, "failed", "its process died: too little memory? Set CPLIB_JOBS to fewer"
+            )
 
 
 def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcome]:
@@ -138,18 +142,18 @@ def _line(error: Exception) -> str:
 def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:
     """What the missing runs cost: a row a method with runs, images and hours of one device.
 
-    The rate is the median of the finished runs of this picture size on that device; without any
-    the hours are empty.
+    The rate is the median of the finished runs of this size of picture and patch on that device;
+    without any the hours are empty.
     """
     done = collect(results)
     done = done[done["images_per_second"].notna() & (done["device"] == device_name)]
-    rates = done.groupby("size")["images_per_second"].median()
+    rates = done.groupby(["size", "patch"])["images_per_second"].median()
     rows = [
         {
             "method": run.method,
             "runs": 1,
             "images": images(run),
-            "hours": images(run) / rates.get(run.size, float("nan")) / 3600,
+            "hours": images(run) / rates.get((run.size, run.patch), float("nan")) / 3600,
         }
         for run in missing(runs, results)
     ]

@@ -72,7 +72,7 @@ def options(run: Run) -> dict[str, dict]:
         "cutpaste_scar": scar,
         "cutpaste_union": {"patch": patch, "thin": scar},
         "cutout": plain,
-        "confetti": plain,
+        "confetti": plain | {"strength": run.confetti_strength},
         "scar": line,
     }
 

@@ -44,16 +44,28 @@ class Workspace:
 
     def ablation_runs(self, methods: tuple[str, ...] = TRAINED) -> list[Run]:
         """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
-        few = [c for c in self.categories if c in (self.profile.ablation or self.categories)]
-        return self.profile.runs(methods, few, self.seeds)
+        few = [c for c in self.categories if c in self.profile.ablation]
+        return self.profile.runs(methods, few or self.categories, self.seeds)
 
     def all_runs(self) -> list[Run]:
         """Every run of the profile, each once, in the order in which they are wanted."""
         return list(dict.fromkeys(self.runs() + self.patch_runs() + self.ablation_runs()))
 
     def missing(self, planned: list[Run]) -> list[Run]:
-        """Those of the planned runs that are not in the results yet."""
-        return sweep.missing(planned, self.results)
+        """Those of the planned runs that are not in the results yet.
+
+        UsageError where those that are there were measured on other pictures than ``data``'s.
+        """
+        absent = sweep.missing(planned, self.results)
+        there = {(r.category, r.size): r for r in planned if r not in set(absent)}
+        for run in there.values() if self.data else ():
+            stored = runs.read(runs.run_folder(run, self.results))[1]["data"]["test"]
+            if stored != data.fingerprint(self.load(run.category, "test", run.size)):
+                raise UsageError(
+                    f"{self.results} holds runs on other pictures of {run.category!r}: "
+                    "name another folder with --results"
+                )
+        return absent
 
     def execute(self, todo: list[Run], **options) -> list[sweep.Outcome]:
         """Execute runs with this workspace's data, device and budget."""
@@ -89,9 +101,10 @@ class Workspace:
     def protocol(self, run: Run | None = None) -> str:
         """How the numbers were measured, in a line: stands beside every table."""
         run = run or self.profile.run("cutpaste_3way", self.categories[0])
-        seeds = f"{self.seeds or self.profile.seeds} (CutPaste-3way)"
-        if not self.seeds and self.profile.other_seeds != self.profile.seeds:
-            seeds += f", {self.profile.other_seeds} (others)"
+        others = self.seeds or self.profile.other_seeds
+        seeds = f"{self.seeds or self.profile.seeds} (CutPaste-3way), {others} (others)"
+        if run.patch:
+            seeds = f"{others}. GradCAM: of the image-level models"
         crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
         return (
             f"Profile {self.profile.name}: {run.size} px{crops}, {self._updates(run)} "
@@ -135,7 +148,8 @@ def open_workspace(
     chosen = PROFILES[profile]
     folder = Path(results) if results else ROOT / "results" / profile
     root = _data(chosen, data_root, say)
-    if weights and not Path(weights).is_dir():
+    weights = weights or os.environ.get("CPLIB_WEIGHTS", "")
+    if weights and not Path(weights).expanduser().is_dir():
         raise UsageError(f"no such folder of weights: {weights}")
     return Workspace(
         profile=chosen,
@@ -144,7 +158,7 @@ def open_workspace(
         data=root,
         results=_writable(folder),
         device=_device(device),
-        weights=Path(weights).resolve() if weights else None,
+        weights=Path(weights).expanduser().resolve() if weights else None,
         budget=parse_budget(budget),
         engine=engine,
     )
