@@ -91,10 +91,14 @@ def against_paper(
     both = ours.merge(paper, on=KEYS, how="outer")
     both = both[both["method"].isin(methods)][COLUMNS]
     both["seeds"] = both["seeds"].astype("Int64")
-    order = [*TEXTURES, *DEMO_TEXTURES, "average_texture", *OBJECTS, *DEMO_OBJECTS]
-    own = sorted(set(both["category"]) - {*order, *AVERAGES})
-    order += [*own, *AVERAGES[1:]]
-    return _sorted(both, method=methods, category=order, metric=metrics)
+    return _sorted(both, method=methods, category=in_order(both["category"]), metric=metrics)
+
+
+def in_order(categories) -> list[str]:
+    """Categories as the paper lists them, each group's average behind it, unknown ones last."""
+    known = [*TEXTURES, *DEMO_TEXTURES, AVERAGES[0], *OBJECTS, *DEMO_OBJECTS]
+    own = sorted({*categories} - {*known, *AVERAGES})
+    return [c for c in (*known, *own, *AVERAGES[1:]) if c in {*categories}]
 
 
 def _average_measured(paper: pd.DataFrame, measured: list[str]) -> pd.DataFrame:
@@ -136,7 +140,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     part = table[table["metric"] == metric]
     cells = part.assign(cell=[_cell(row) for row in part.itertuples()])
     grid = cells.pivot(index="category", columns="method", values="cell")
-    rows, columns = part["category"].unique(), part["method"].unique()
+    rows, columns = in_order(part["category"]), part["method"].unique()
     return grid.reindex(index=rows, columns=columns).fillna("")
 
 
