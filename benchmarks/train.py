@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from cplib import data, train
 from cplib.config import Run
-from cplib.model import PretextNet, embed
+from cplib.model import embed
 from cplib.runs import device_name
 
 SIZES = (64, 128, 256)
@@ -100,20 +100,13 @@ def _pasted(x: Image.Image, patch: Image.Image, mask: Image.Image | None) -> Ima
     return x
 
 
-def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
-    """The run's optimiser, the same in both loops."""
-    return torch.optim.SGD(
-        net.parameters(), run.learning_rate, run.momentum, weight_decay=run.weight_decay
-    )
-
-
 def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> Iterator[None]:
     """The project's own step, again and again."""
     net = train.build(run).to(device, memory_format=torch.channels_last)
     if compiled:
         net.encoder.compile()
     pixels, rest = pixels.to(device), torch.Generator(device).manual_seed(run.seed)
-    sgd = optimiser(run, net)
+    sgd = train.sgd(run, net)
     while True:
         train.step(run, net, sgd, pixels, rest)
         yield
@@ -122,7 +115,7 @@ def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> It
 def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[None]:
     """The plain loop: a DataLoader over PerPicture, fp32, channels first."""
     net = train.build(run).to(device)
-    sgd = optimiser(run, net)
+    sgd = train.sgd(run, net)
     pictures = PerPicture(run, pixels)
     drawn = RandomSampler(pictures, replacement=True, num_samples=PREPARED * run.sources)
     loader = DataLoader(pictures, run.sources, sampler=drawn, num_workers=workers)

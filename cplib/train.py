@@ -85,6 +85,16 @@ def learning_rate(run: Run, update: int) -> float:
     return run.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
 
+def sgd(run: Run, net: PretextNet) -> torch.optim.SGD:
+    """The run's optimiser over what is not frozen (A.1)."""
+    return torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad],
+        lr=run.learning_rate,
+        momentum=run.momentum,
+        weight_decay=run.weight_decay,
+    )
+
+
 def fit(
     run: Run,
     pixels: torch.Tensor,
@@ -103,12 +113,7 @@ def fit(
     since the epoch) it is written and OutOfTime raised.
     """
     net = build(run, weights).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [p for p in net.parameters() if p.requires_grad],
-        lr=run.learning_rate,
-        momentum=run.momentum,
-        weight_decay=run.weight_decay,
-    )
+    optimizer = sgd(run, net)
     generator = torch.Generator(device).manual_seed(run.seed)
     update, history, sums = resume(checkpoint, run, net, optimizer, generator)
     pixels, points = pixels.to(device), _marks(run, run.curve)
