@@ -170,14 +170,26 @@ class Profile:
             for seed in range(self._seeds(method, seeds))
         ]
 
+    @property
+    def small(self) -> bool:
+        """Whether a notebook may execute what it finds missing: minutes on any machine."""
+        return self.dataset == "demo"
+
     def patch_runs(self, categories=None, seeds=None) -> list[Run]:
-        """The patch model's runs (Table 2): cutpaste_3way on crops."""
+        """The patch model's runs (Table 2), and the baselines scored on the same patches."""
         runs = [
-            self.run("cutpaste_3way", category, seed)
+            self.run(method, category, seed)
             for category in (categories or self.categories)
-            for seed in range(seeds or self.other_seeds)
+            for method in (*BASELINES, "cutpaste_3way")
+            for seed in range(1 if method in BASELINES else seeds or self.other_seeds)
         ]
-        return [replace(run, **({"curve": 0} | self.patch)) for run in runs]
+        return [replace(run, **({"curve": 0} | self._patch(run))) for run in runs]
+
+    def _patch(self, run: Run) -> dict:
+        """The patch model's fields; for a baseline those of scoring alone."""
+        names = ("patch", "stride", "gaussians", "heat_std")
+        bare = run.method in BASELINES
+        return {k: v for k, v in self.patch.items() if k in names or not bare}
 
     def _seeds(self, method: str, wanted: int | None) -> int:
         if method == "pretrained":  # the same features whatever the seed

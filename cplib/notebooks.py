@@ -13,6 +13,7 @@ import nbconvert
 import nbformat
 import papermill
 
+from cplib.tables import estimate
 from cplib.workspace import ROOT, UsageError, Workspace, open_workspace
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -43,7 +44,7 @@ def run_notebooks(*, only: str = "", start: str = "", profile: str = "demo", **o
     deadline = time.time() + workspace.budget if workspace.budget else None
     print(f"profile {profile}: {', '.join(workspace.categories)}; device {workspace.device}")
     print(f"results in {workspace.results}", flush=True)
-    cost = workspace.estimate()
+    cost = estimate(workspace)
     if cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
     failed = []

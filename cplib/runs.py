@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def _execute(run, results, data_root, device, weights, deadline) -> None:
     def watch(net: PretextNet) -> dict:
         return {k: v for k, v in assess(run, net, train, test)[1].items() if k.endswith("auroc")}
 
-    if run.head_updates + run.updates:
+    if trained(run):
         net, history = fit(
             run,
             train.pixels,
@@ -139,28 +140,53 @@ def _located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
     return pixel_metrics(test.masks, heat) | {PEAK: peak}
 
 
-def gradcam_metrics(
-    run: Run, results: str | Path, data_root: str | Path | None, device: str = "cpu"
+def beside(
+    run: Run,
+    name: str,
+    compute: Callable[[Run, PretextNet, Path], dict],
+    *,
+    results: str | Path,
+    data_root: str | Path | None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
 ) -> dict | None:
-    """Pixel-level metrics of GradCAM on an image-level run; kept as ``gradcam.json`` beside it.
+    """What ``compute(run, net, data_root)`` says of a finished run, kept beside it as a record.
 
-    None where neither that file nor the model with the pictures is there.
+    It stands in ``<name>.json`` in the run's folder. None where neither that file nor the model
+    with the pictures is there.
     """
     folder = run_folder(run, results)
-    record = folder / "gradcam.json"
+    record = folder / f"{name}.json"
     if not record.exists():
-        if data_root is None or not (folder / "model.safetensors").exists():
+        there = folder.exists() and (not trained(run) or (folder / "model.safetensors").exists())
+        if data_root is None or not there:
             return None
-        test = data.load(data_root, run.category, "test", run.size)
-        heat = gradcam(load_model(run, results).to(device), test.pixels)
+        net = load_model(run, results, weights).to(device)
         part = record.with_suffix(f".{os.getpid()}.tmp")
-        _write_json(part, _located(run, test, heat))
+        _write_json(part, compute(run, net, Path(data_root)))
         part.replace(record)
     return json.loads(record.read_text())
 
 
-def load_model(run: Run, results: str | Path) -> PretextNet:
-    """The network of a finished run, from its ``model.safetensors``."""
+def gradcam_metrics(run: Run, **places) -> dict | None:
+    """Pixel-level metrics of GradCAM on an image-level run, kept beside it; else None."""
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        test = data.load(data_root, run.category, "test", run.size)
+        return _located(run, test, gradcam(net, test.pixels))
+
+    return beside(run, "gradcam", compute, **places)
+
+
+def trained(run: Run) -> bool:
+    """Whether anything is trained in the run."""
+    return run.head_updates + run.updates > 0
+
+
+def load_model(run: Run, results: str | Path, weights: str | Path | None = None) -> PretextNet:
+    """The network of a finished run: from its ``model.safetensors``, or built where none is."""
+    if not trained(run):
+        return build(run, weights).eval()
     net = build(replace(run, init="random", freeze_batchnorm=False))
     net.load_state_dict(load_file(run_folder(run, results) / "model.safetensors"))
     return net.eval()
@@ -182,8 +208,7 @@ def score(run: Run, net: PretextNet, normal: torch.Tensor, pixels: torch.Tensor)
 
 def describe(run, train, test, history, device, weights) -> dict:
     """The record of a run: its fields, and the machine, code, data and weights behind it."""
-    trained = len(history) > 0
-    seconds = round(float(history["seconds"].iloc[-1]), 2) if trained else 0.0
+    seconds = round(float(history["seconds"].iloc[-1]), 2) if len(history) else 0.0
     file = weights_file(run.backbone, weights) if run.init == "imagenet" else None
     return {
         "version": RECORD_VERSION,
@@ -191,7 +216,7 @@ def describe(run, train, test, history, device, weights) -> dict:
         "environment": environment(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if trained and uses_bf16(run, device) else "fp32",
+        "precision": "bf16" if (trained(run) or run.patch) and uses_bf16(run, device) else "fp32",
         "git_commit": git_commit(),
         "data": {"train": data.fingerprint(train), "test": data.fingerprint(test)},
         "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from cplib import data, runs, sweep
-from cplib.config import PROFILES, TRAINED, Profile, Run
+from cplib.config import PROFILES, Profile, Run
 from cplib.demo import make_demo
 from cplib.model import weights_file
 
@@ -42,14 +42,20 @@ class Workspace:
         """The runs of the patch model (Table 2)."""
         return self.profile.patch_runs(self.categories, self.seeds)
 
-    def ablation_runs(self, methods: tuple[str, ...] = TRAINED) -> list[Run]:
+    def ablation_runs(self, methods: tuple[str, ...]) -> list[Run]:
         """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
         few = [c for c in self.categories if c in self.profile.ablation]
         return self.profile.runs(methods, few or self.categories, self.seeds)
 
-    def all_runs(self) -> list[Run]:
-        """Every run of the profile, each once, in the order in which they are wanted."""
-        return list(dict.fromkeys(self.runs() + self.patch_runs() + self.ablation_runs()))
+    @property
+    def places(self) -> dict:
+        """Results, data, weights and device, as the functions of ``cplib.runs`` name them."""
+        return {
+            "results": self.results,
+            "data_root": self.data,
+            "weights": self.weights,
+            "device": self.device,
+        }
 
     def missing(self, planned: list[Run]) -> list[Run]:
         """Those of the planned runs that are not in the results yet.
@@ -71,26 +77,13 @@ class Workspace:
         """Execute runs with this workspace's data, device and budget."""
         if todo and self.data is None:
             raise UsageError(f"{len(todo)} runs need data: set MVTEC_ROOT or pass --data DIR")
-        return sweep.execute_all(
-            todo,
-            data_root=self.data,
-            results=self.results,
-            device=self.device,
-            weights=self.weights,
-            budget=self.budget,
-            engine=self.engine,
-            **options,
-        )
+        options |= {"budget": self.budget, "engine": self.engine}
+        return sweep.execute_all(todo, **self.places, **options)
 
     def collect(self, planned: list[Run]) -> pd.DataFrame:
         """The finished ones among the planned runs, a row each."""
         table = runs.collect(self.results)
         return table[table["id"].isin([run.id for run in planned])].reset_index(drop=True)
-
-    def estimate(self) -> pd.DataFrame:
-        """What the profile's missing runs cost on this device."""
-        name = runs.device_name(torch.device(self.device))
-        return sweep.estimate(self.all_runs(), self.results, name)
 
     def load(self, category: str, split: str, size: int = 256) -> data.Images:
         """One category's pictures."""

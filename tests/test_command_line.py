@@ -16,6 +16,7 @@ from PIL import Image
 from cplib.__main__ import main
 from cplib.config import PROFILES
 from cplib.notebooks import NOTEBOOKS, check_parameters, choose
+from cplib.tables import all_runs
 from cplib.workspace import ROOT, UsageError, open_workspace, parse_budget
 
 PARAMETERS = {"profile", "data", "categories", "seeds", "results", "device", "weights", "budget"}
@@ -287,7 +288,7 @@ def test_no_notebook_warns(smoke, name):
 
 
 def test_every_run_of_the_profile_is_there_and_nothing_else(smoke):
-    planned = open_workspace("smoke", results=str(smoke)).all_runs()
+    planned = all_runs(open_workspace("smoke", results=str(smoke)))
     assert {run.id for run in planned} > {run.id for run in SMOKE.runs()}
     assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in planned}
 

@@ -1,0 +1,132 @@
+"""The paper's tables as they are measured here: the runs behind each, and their values."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from cplib import runs, sweep
+from cplib.config import BASELINES, TABLE1, Run
+from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
+from cplib.published import against_paper, save_table
+from cplib.workspace import Workspace
+
+CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
+BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", "cutpaste_3way")
+BOTH = "./run_all.sh --profile {} --data DIR --only 02,{}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of the paper.
+
+    ``values`` gives a row a measured run, with ``method`` (named as in ``rows``), ``category``,
+    ``seed`` and the metrics; ``planned`` the runs that this takes, trained by notebook 02.
+    """
+
+    name: str  # of its files and of the paper's numbers
+    notebook: str  # its two digits
+    rows: tuple[str, ...]
+    planned: Callable[[Workspace], list[Run]]
+    values: Callable[[Workspace], pd.DataFrame]
+    metrics: tuple[str, ...] = ("image_auroc",)
+
+
+def all_runs(workspace: Workspace) -> list[Run]:
+    """Every run behind every table, each once, in the order in which they are wanted."""
+    return list(dict.fromkeys(run for t in TABLES.values() for run in t.planned(workspace)))
+
+
+def estimate(workspace: Workspace) -> pd.DataFrame:
+    """What the missing runs of all tables cost on this device."""
+    name = runs.device_name(torch.device(workspace.device))
+    return sweep.estimate(all_runs(workspace), workspace.results, name)
+
+
+def measure(workspace: Workspace, name: str) -> pd.DataFrame:
+    """The values of a table's runs; missing ones are executed first where the profile is small.
+
+    Elsewhere a line says how many are missing and which command trains them.
+    """
+    table = TABLES[name]
+    planned = table.planned(workspace)
+    todo = workspace.missing(planned)
+    if todo and workspace.profile.small:
+        for outcome in workspace.execute(todo):
+            if outcome.state != "done":
+                print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
+    elif todo:
+        print(f"{len(todo)} of {len(planned)} runs are not there. To train them:")
+        print(BOTH.format(workspace.profile.name, table.notebook))
+    return table.values(workspace)
+
+
+def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
+    """The table in the contract's tidy columns, the paper's numbers beside; saved, too."""
+    table = TABLES[name]
+    tidy = against_paper(values, name, methods=table.rows, metrics=table.metrics)
+    planned = table.planned(workspace)
+    run = next((r for r in planned if r.method == "cutpaste_3way"), None)
+    save_table(tidy, workspace.results, name, workspace.protocol(run))
+    return tidy
+
+
+def shown(table: pd.DataFrame, *others: str) -> pd.DataFrame:
+    """The rows of a tidy table whose category was measured, or is among the ``others``."""
+    measured = table.dropna(subset="mean")["category"].unique()
+    return table[table["category"].isin([*measured, *others])]
+
+
+def _image_level(workspace: Workspace) -> pd.DataFrame:
+    """Table 1's runs, and the ensemble of the seeds of cutpaste_3way."""
+    table = workspace.collect(workspace.runs())
+    return pd.concat([table, runs.ensemble(workspace.results, table)])
+
+
+def _pixel_level(workspace: Workspace) -> pd.DataFrame:
+    """Table 2's patch models, and GradCAM of the image-level ones."""
+    patch = workspace.collect(workspace.patch_runs())
+    names = {"cutpaste_3way": "cutpaste_3way_patch"}
+    cams = []
+    for run in workspace.runs(("cutpaste_3way",)):
+        if found := runs.gradcam_metrics(run, **workspace.places):
+            row = {"method": "cutpaste_3way_gradcam", "category": run.category, "seed": run.seed}
+            cams.append(row | found)
+    return pd.concat([patch.replace({"method": names}), pd.DataFrame(cams)])
+
+
+def _ablation(name: str, notebook: str, methods: tuple[str, ...]) -> Table:
+    rows = (*BASELINES, *methods)
+    return Table(
+        name=name,
+        notebook=notebook,
+        rows=rows,
+        planned=lambda w: w.ablation_runs(rows),
+        values=lambda w: w.collect(w.ablation_runs(rows)),
+    )
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            name="table1_image_level",
+            notebook="03",
+            rows=("docc", "u_student", "p_svdd", *BASELINES, *TABLE1, "ensemble"),
+            metrics=IMAGE_METRICS,
+            planned=Workspace.runs,
+            values=_image_level,
+        ),
+        Table(
+            name="table2_pixel_level",
+            notebook="04",
+            rows=("fcdd", "p_svdd", *BASELINES, "cutpaste_3way_gradcam", "cutpaste_3way_patch"),
+            metrics=PIXEL_METRICS,
+            planned=Workspace.patch_runs,
+            values=_pixel_level,
+        ),
+        _ablation("table4_cutout_variants", "06", CUTOUTS),
+        _ablation("table5_binary_vs_3way", "07", BINARY),
+    )
+}
