@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+import time
 
-from cplib import runs
+from cplib import download, runs
 from cplib.readme import filled
 from cplib.sweep import ENGINES
-from cplib.workspace import ROOT
+from cplib.workspace import ROOT, find_device
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,14 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--data", required=True, help="folder in the MVTec layout")
     again.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     again.add_argument("--weights", default=None, help="folder of ImageNet weights")
+    fetch = commands.add_parser("download", help="fetch MVTec AD (5.3 GB), or go on with it")
+    fetch.add_argument("folder", help="new or empty; where the categories go")
+    fetch.add_argument("--accept-licence", action="store_true", help="CC BY-NC-SA 4.0, unasked")
+    judge = commands.add_parser("score", help="score a folder of pictures with a saved detector")
+    judge.add_argument("detector", help="folder with detector.json, as notebook 12 writes it")
+    judge.add_argument("folder", help="pictures of any size and format, also in folders below it")
+    judge.add_argument("--out", required=True, help="CSV: file, score, threshold, defective")
+    judge.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     commands.add_parser("readme", help="write the README's tables from results/")
     return top
 
@@ -41,11 +50,36 @@ def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
     return 0 if same else 1
 
 
+def fetch(folder: str, accept_licence: bool) -> int:
+    """Fetch MVTec AD; stopped by the keyboard, it can be gone on with."""
+    try:
+        download.download(folder, accept_licence=accept_licence, archive=download.MVTEC)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
 def notebooks(**options) -> int:
     """Execute the notebooks; what that needs is imported only here."""
     from cplib.notebooks import run_notebooks
 
     return run_notebooks(**options)
+
+
+def score(detector: str, folder: str, out: str, device: str) -> int:
+    """Score every picture below a folder into a CSV; 1 if one of the files could not be read."""
+    from cplib.detector import Detector, score_folder
+
+    tool = Detector.load(detector, find_device(device))
+    began = time.perf_counter()
+    table, problems = score_folder(tool, folder)
+    each = 1000 * (time.perf_counter() - began) / len(table)
+    table.to_csv(out, index=False, float_format="%.9g")
+    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    flagged = int(table["defective"].sum())
+    print(f"{len(table)} pictures, {each:.1f} ms a picture; {flagged} at or above the threshold")
+    return 1 if problems else 0
 
 
 def write_readme() -> int:
@@ -54,7 +88,13 @@ def write_readme() -> int:
     return 0
 
 
-COMMANDS = {"notebooks": notebooks, "rerun": rerun, "readme": write_readme}
+COMMANDS = {
+    "notebooks": notebooks,
+    "download": fetch,
+    "rerun": rerun,
+    "score": score,
+    "readme": write_readme,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
