@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import get_args
+from typing import get_args, get_origin
 
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 OBJECTS = (
@@ -93,9 +93,11 @@ class Run:
             value = getattr(self, f.name)
             if f.type is float:  # 0 and 0.0 are one run, with one id
                 object.__setattr__(self, f.name, float(value))
-            elif isinstance(value, list | tuple):
+            elif isinstance(value, list | tuple) and get_args(f.type):
                 kind = get_args(f.type)[0]
                 object.__setattr__(self, f.name, tuple(map(kind, value)))
+            elif not isinstance(value, get_origin(f.type) or f.type):
+                raise ValueError(f"{f.name} cannot be {value!r}")
         _one_of("method", self.method, BASELINES + TRAINED)
         _one_of("backbone", self.backbone, BACKBONES)
         _one_of("init", self.init, ("random", "imagenet"))

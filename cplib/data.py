@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
@@ -121,7 +121,15 @@ def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
 def _entries(folder: Path) -> list[Path]:
     with _naming(folder, f"a folder of {LAYOUT}"):
         found = sorted(folder.iterdir(), key=lambda path: path.name)
+    _check_names(found)
     return [path for path in found if not path.name.startswith(".")]
+
+
+def _check_names(paths: Iterable[Path]) -> None:
+    """Names stand in CSV files and in messages of one line."""
+    for path in paths:
+        if "\n" in path.name or path.name.encode(errors="ignore").decode() != path.name:
+            raise DataError(f"{str(path)!r}: expected a name in UTF-8, on one line")
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -182,11 +190,17 @@ def _decode(folder: Path, items: list[_Item], shape: tuple[int, int], masked: bo
 
 def _read(path: Path, mode: str) -> Image.Image:
     expected = "a whole picture of 8 or 16 bits a channel"
-    with _naming(path, expected), Image.open(path, formats=FORMATS) as picture:
+    with _naming(path, expected), _open(path, FORMATS) as picture:
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
         picture.info.pop("transparency", None)  # dropped, as alpha channels are
         return _eight_bit(picture).convert(mode)
+
+
+def _open(path: Path, formats: tuple[str, ...]) -> Image.Image:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("no such file")
+    return Image.open(path, formats=formats)
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

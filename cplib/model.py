@@ -108,11 +108,15 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
     path = weights_file(backbone, folder)
     if path is None:
         raise FileNotFoundError(f"no ImageNet weights for {backbone}: see {WEIGHTS_PACKAGE}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {k: v for k, v in state.items() if not k.startswith(("fc.", "_fc.", "classifier."))}
-    if backbone != "resnet18":  # other names than timm's for the same layers in the same order
-        state = dict(zip(encoder.state_dict(), state.values(), strict=True))
-    encoder.load_state_dict(state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {k: v for k, v in state.items() if not k.startswith(("fc.", "_fc.", "classifier."))}
+        if backbone != "resnet18":  # other names than timm's for the same layers in the same order
+            state = dict(zip(encoder.state_dict(), state.values(), strict=True))
+        encoder.load_state_dict(state)
+    except Exception as error:  # damaged files raise nearly anything; torch's own text is a page
+        reason = f"expected tensors of {backbone} and nothing else ({type(error).__name__})"
+        raise ValueError(f"{path}: {reason}") from None
 
 
 @torch.inference_mode()

@@ -31,6 +31,17 @@ from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
 RECORD_VERSION = 1
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
 PEAK = "peak_within_16px"
+RECORD = {
+    "threads": int,
+    "data": dict,
+    "weights": dict | None,
+    "device": str,
+    "precision": str,
+    "train_seconds": int | float,
+    "images_per_second": int | float | None,
+}
+# What JSON of any other kind raises on its way to a run.
+BROKEN = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
@@ -188,7 +199,12 @@ def load_model(run: Run, results: str | Path, weights: str | Path | None = None)
     if not trained(run):
         return build(run, weights).eval()
     net = build(replace(run, init="random", freeze_batchnorm=False))
-    net.load_state_dict(load_file(run_folder(run, results) / "model.safetensors"))
+    file = run_folder(run, results) / "model.safetensors"
+    try:
+        net.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        reason = f"expected the run's tensors ({type(error).__name__})"
+        raise ValueError(f"{file}: {reason}") from None
     return net.eval()
 
 
@@ -280,13 +296,26 @@ def read(folder: str | Path) -> tuple[Run, dict, dict]:
         if record["version"] != RECORD_VERSION:
             raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
         run = Run.from_dict(record["run"])
-        if absent := {"threads", "data", "weights", *TIMING} - set(record):
-            raise ValueError(f"no {min(absent)!r} in the record")
+        _check(record, metrics)
         if run.id != Path(folder).name:
             raise ValueError(f"the record inside is of {run.id}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a run of this version ({error})") from error
+    except BROKEN as error:
+        reason = " ".join(f"{folder}: not a run of this version ({error})".split())
+        raise ValueError(reason) from error
     return run, record, metrics
+
+
+def _check(record: dict, metrics: dict) -> None:
+    """ValueError names an entry that is missing or of another kind than ``describe`` writes."""
+    for name, kind in RECORD.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise ValueError(f"no {name!r} in the record, or of another kind")
+    if not all(isinstance(record["data"].get(split), str) for split in ("train", "test")):
+        raise ValueError("no fingerprints of the data in the record")
+    columns = {"id", *Run.__annotations__, *TIMING}  # others than the metrics'
+    for name, value in metrics.items():
+        if name in columns or not isinstance(value, int | float | None):
+            raise ValueError(f"{name!r} is no metric, or its value no number")
 
 
 def collect(results: str | Path, **where) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """The network: shapes, frozen BatchNorm, weights from files, features."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -183,14 +182,14 @@ class Payload:
 def test_weights_that_carry_code_are_refused_and_the_code_does_not_run(tmp_path):
     trace = tmp_path / "ran"
     torch.save({"conv1.weight": Payload(trace)}, tmp_path / "resnet18.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="UnpicklingError"):
         PretextNet(2, init="imagenet", weights=tmp_path)
     assert not trace.exists()
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(RuntimeError, match="layer1.2"):
+    with pytest.raises(ValueError, match="expected tensors of resnet18"):
         PretextNet(2, init="imagenet", weights=tmp_path)
 
 
