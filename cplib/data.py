@@ -1,16 +1,15 @@
-"""A folder in the MVTec layout as tensors."""
+"""A data set's folder as tensors."""
 
 import contextlib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -19,16 +18,16 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-LAYOUT = "<root>/<category>/{train/good, test/good, test/<defect>, ground_truth/<defect>}/*.png"
+from cplib.layouts import DataError, Item, check_names, files, naming
+from cplib.layouts import categories as categories
+
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Not read from a folder of one's own: EPS is a program (Ghostscript would run it), of the others
+# PIL knows only the name.
+NO_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 CACHE_VERSION = 1  # part of every entry's name: raise it when decoding changes
 CACHE_PREFIX = "cplib-images-"
 CACHE_BYTES = 4 * 2**30
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line that names the file or folder."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,6 @@ class Images:
         return len(self.names)
 
 
-class _Item(NamedTuple):
-    picture: Path
-    kind: str
-    mask: Path | None
-
-
-def categories(root: str | Path) -> list[str]:
-    """Return the sorted names of folders in `root` that hold train/good; DataError if none do."""
-    found = [path.name for path in _folders(Path(root)) if (path / "train" / "good").is_dir()]
-    if not found:
-        raise DataError(f"{root}: no category in this folder; expected {LAYOUT}")
-    return found
-
-
 def load(
     root: str | Path,
     category: str,
@@ -70,23 +55,56 @@ def load(
 ) -> Images:
     """Load split "train" or "test" at `size` pixels, square or (height, width), or DataError.
 
+    `root` holds MVTec AD, MPDD, BTAD, VisA, or pictures in the first one's layout.
     What was decoded is kept in the folder `cache` (default: $CPLIB_CACHE or the user's cache).
     """
     shape = _shape(size)
-    if split not in ("train", "test"):
-        raise DataError(f"{root}: no split {split!r}; expected 'train' or 'test'")
-    if category not in [path.name for path in _folders(Path(root))]:
-        known = ", ".join(categories(root))
-        raise DataError(f"{root}: no category {category!r}; expected one of {known}")
-    folder = Path(root, category)
-    masked = split == "test" and (folder / "ground_truth").is_dir()
-    items = _items(folder, split, masked)
+    items, masked = files(Path(root), category, split)
     entry = _cache_entry(cache, items, [split, shape, masked])
     images = _restore(entry)
     if images is None:
-        images = _decode(folder, items, shape, masked)
+        images = _decode(Path(root, category), items, shape, masked)
         _keep(images, entry)
     return images
+
+
+def pictures(folder: str | Path) -> list[Path]:
+    """The files below `folder` named as a format that PIL reads, sorted; DataError if none is."""
+    formats = _formats()
+    suffixes = {end for end, name in Image.registered_extensions().items() if name in formats}
+    with naming(Path(folder), "a folder of pictures"):
+        if not Path(folder).is_dir():
+            raise NotADirectoryError("no such folder")
+        found = [path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes]
+        found = [path for path in found if not path.is_dir() and not _hidden(path, folder)]
+        if not found:
+            raise FileNotFoundError("no pictures in this folder")
+    check_names(found)
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def read(
+    paths: Iterable[str | Path], size: int | tuple[int, int] = 256
+) -> tuple[torch.Tensor, list[Path], list[str]]:
+    """Pictures of any size and format of PIL's as uint8 (N, 3, H, W), resized as `load` does.
+
+    Returns the pixels, the paths that they came from, and a line for each file that is no picture.
+    Of an animation the first frame is taken.
+    """
+    paths, shape, formats = [Path(path) for path in paths], _shape(size), _formats()
+
+    def read_one(path: Path) -> np.ndarray | DataError:
+        try:
+            return _resized(_read(path, "RGB", formats), shape)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(read_one, paths))
+    problems = [str(one) for one in found if isinstance(one, DataError)]
+    whole = [i for i, one in enumerate(found) if not isinstance(one, DataError)]
+    pixels = np.stack([found[i] for i in whole]) if whole else np.empty((0, 3, *shape), np.uint8)
+    return torch.from_numpy(pixels), [paths[i] for i in whole], problems
 
 
 def fingerprint(images: Images) -> str:
@@ -102,15 +120,6 @@ def fingerprint(images: Images) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _naming(path: Path, expected: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - damaged files make decoders raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{path}: {' '.join(reason.split())}; expected {expected}") from None
-
-
 def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
@@ -118,63 +127,15 @@ def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def _entries(folder: Path) -> list[Path]:
-    with _naming(folder, f"a folder of {LAYOUT}"):
-        found = sorted(folder.iterdir(), key=lambda path: path.name)
-    _check_names(found)
-    return [path for path in found if not path.name.startswith(".")]
-
-
-def _check_names(paths: Iterable[Path]) -> None:
-    """Names stand in CSV files and in messages of one line."""
-    for path in paths:
-        if "\n" in path.name or path.name.encode(errors="ignore").decode() != path.name:
-            raise DataError(f"{str(path)!r}: expected a name in UTF-8, on one line")
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    # not is_file(): a link that leads nowhere has to be an error, not one picture fewer
-    files = [path for path in _entries(folder) if not path.is_dir()]
-    return [path for path in files if path.suffix.lower() in SUFFIXES]
-
-
-def _items(folder: Path, split: str, masked: bool) -> list[_Item]:
-    top = folder / split
-    kinds = [top / "good"] if split == "train" else _folders(top)
-    kinds.sort(key=lambda path: (path.name != "good", path.name))
-    items = [item for kind in kinds for item in _items_of_kind(folder, kind, masked)]
-    if not items:
-        empty = kinds[0] if split == "train" else top
-        raise DataError(f"{empty}: no pictures in this folder; expected {LAYOUT}")
-    return items
-
-
-def _items_of_kind(folder: Path, kind: Path, masked: bool) -> Iterator[_Item]:
-    masked = masked and kind.name != "good"
-    truth = folder / "ground_truth" / kind.name
-    masks = {path.stem: path for path in _pictures(truth)} if masked and truth.is_dir() else {}
-    for picture in _pictures(kind):
-        name = f"{picture.stem}_mask"
-        mask = masks.get(name) or masks.get(picture.stem)
-        if masked and mask is None:
-            raise DataError(f"{truth / name}.png: missing; expected the mask of {picture}")
-        yield _Item(picture, kind.name, mask)
-
-
-def _decode(folder: Path, items: list[_Item], shape: tuple[int, int], masked: bool) -> Images:
+def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: bool) -> Images:
     pixels = np.empty((len(items), 3, *shape), np.uint8)
     masks = np.zeros((len(items), *shape), bool) if masked else None
 
     def decode_one(index: int) -> None:
         picture = _read(items[index].picture, "RGB")
-        resized = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
-        pixels[index] = np.asarray(resized).transpose(2, 0, 1)
+        pixels[index] = _resized(picture, shape)
         if items[index].mask is not None:
-            masks[index] = _read_mask(items[index].mask, picture.size, shape)
+            masks[index] = _read_mask(items[index], picture.size, shape)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode_one, range(len(items))))
@@ -188,9 +149,23 @@ def _decode(folder: Path, items: list[_Item], shape: tuple[int, int], masked: bo
     )
 
 
-def _read(path: Path, mode: str) -> Image.Image:
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NO_PICTURES))
+
+
+def _hidden(path: Path, folder: str | Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _resized(picture: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    resized = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def _read(path: Path, mode: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     expected = "a whole picture of 8 or 16 bits a channel"
-    with _naming(path, expected), _open(path, FORMATS) as picture:
+    with naming(path, expected), _open(path, formats) as picture:
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
         picture.info.pop("transparency", None)  # dropped, as alpha channels are
@@ -212,21 +187,22 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
 
 
-def _read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    mask = _read(path, "L")
+def _read_mask(item: Item, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    mask = _read(item.mask, "L")
     if mask.size != size:
-        width, height = mask.size
-        raise DataError(f"{path}: mask of {width}x{height} pixels; expected {size[0]}x{size[1]}")
-    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 127
+        found, expected = ("x".join(map(str, pair)) for pair in (mask.size, size))
+        raise DataError(f"{item.mask}: mask of {found} pixels; expected {expected}")
+    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) >= item.least
 
 
-def _cache_entry(cache: str | Path | None, items: list[_Item], options: list) -> Path:
+def _cache_entry(cache: str | Path | None, items: list[Item], options: list) -> Path:
     states = []
     for path in (path for item in items for path in (item.picture, item.mask) if path):
-        with _naming(path, "a picture"):
+        with naming(path, "a picture"):
             state = path.stat()
         states.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
-    key = json.dumps([CACHE_VERSION, PIL.__version__, options, states])
+    kinds = [item.kind for item in items]
+    key = json.dumps([CACHE_VERSION, PIL.__version__, options, states, kinds])
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = cache or os.environ.get("CPLIB_CACHE") or os.path.join(home, "cplib")
     name = f"{CACHE_PREFIX}{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cplib.data import LAYOUT, DataError, categories
+from cplib.layouts import LAYOUT, DataError, categories
 
 BLOCK = 2**18  # bytes
 
