@@ -33,6 +33,16 @@ ALIGNED = (
 )
 DEMO_TEXTURES = ("brick", "fabric")
 DEMO_OBJECTS = ("coin", "gear")
+# Table 6's columns: a shape and its filling (5.3).
+SYNTHETIC = (
+    "digit_color",
+    "square_color",
+    "ellipse_color",
+    "heart_color",
+    "square_natural",
+    "ellipse_natural",
+    "heart_natural",
+)
 
 BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageNet features
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", "cutpaste_3way")
@@ -162,6 +172,7 @@ class Profile:
     ablation: tuple[str, ...] = ()  # categories of Tables 4 and 5's own methods; empty: all
     patch: dict = field(default_factory=lambda: {"patch": 64})  # the patch model's fields
     pretrained_backbone: str = "resnet18"
+    anomaly: dict = field(default_factory=dict)  # Table 6's fields of synthetic.Anomaly
 
     def runs(self, methods=None, categories=None, seeds=None, **changes) -> list[Run]:
         """The profile's runs, or those of the methods, categories and number of seeds named."""
@@ -231,6 +242,7 @@ PROFILES = {
             protocol={"size": 64, "updates": 2, "sources": 4},
             patch={"patch": 32, "stride": 16},
             pretrained_backbone="efficientnet_lite0",
+            anomaly={"least": 1},
         ),
         Profile(
             name="demo",
@@ -243,6 +255,7 @@ PROFILES = {
             ablation=("brick", "gear"),
             patch={"patch": 32, "stride": 8},
             pretrained_backbone="efficientnet_lite0",
+            anomaly={"least": 20},
         ),
         Profile(
             name="quick",

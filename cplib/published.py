@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cplib.config import DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, TEXTURES
+from cplib.config import DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, SYNTHETIC, TEXTURES
 
 TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
 AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
@@ -23,9 +23,12 @@ def published(table: str) -> pd.DataFrame:
 def groups(categories) -> dict[str, list[str]]:
     """The averages of the paper's tables and the categories under each.
 
-    For the demo set these are its own textures and objects. ``average_measured`` is there when
-    only some of MVTec's categories are: an average that the paper does not print.
+    For the demo set these are its own textures and objects; Table 6's kinds have one average.
+    ``average_measured`` is there when only some of MVTec's categories are: an average that the
+    paper does not print.
     """
+    if {*categories} & {*SYNTHETIC}:
+        return {"average_all": list(SYNTHETIC)}
     demo = set(categories) <= set(DEMO_TEXTURES + DEMO_OBJECTS)
     textures, objects = (DEMO_TEXTURES, DEMO_OBJECTS) if demo else (TEXTURES, OBJECTS)
     found = {
@@ -42,14 +45,24 @@ def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
     """Mean, standard error and number of seeds for every method, category and metric.
 
     ``runs`` has a row a run, as ``collect`` gives them, or an ensemble of ``members`` of them. The
-    standard error of one value is empty.
+    standard error of one value is empty. Where a ``source`` stands beside the category, a seed's
+    value is its mean over the sources.
     """
+    if len(runs) and "source" in runs:
+        runs = _over_sources(runs)
     runs = runs.assign(members=runs["members"].fillna(1) if "members" in runs else 1)
     tidy = runs.melt([*KEYS[:2], "members"], list(metrics), "metric", "value")
     tidy["value"] = tidy["value"].astype(float)
     cells = tidy.dropna(subset="value").groupby(KEYS)
     cells = cells.agg(mean=("value", "mean"), stderr=("value", "sem"), seeds=("members", "sum"))
     return cells.reset_index()
+
+
+def _over_sources(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a method, category and seed: the mean over sources, where it has all that any has."""
+    cells = runs.groupby([*KEYS[:2], "seed"])
+    whole = cells["source"].transform("nunique") == runs["source"].nunique()
+    return runs[whole].groupby([*KEYS[:2], "seed"], as_index=False).mean(numeric_only=True)
 
 
 def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFrame:
@@ -83,7 +96,7 @@ def against_paper(
     ours = with_averages(summarise(runs[runs["method"].isin(methods)], metrics))
     paper = published(table)
     paper = paper[paper["metric"].isin(metrics)]
-    measured = list(runs["category"].unique())
+    measured = list(runs["source" if "source" in runs else "category"].unique())
     if not set(measured) & {*TEXTURES, *OBJECTS}:  # the demo set has no published numbers
         paper = paper.iloc[:0]
     elif "average_measured" in groups(measured):
@@ -96,7 +109,7 @@ def against_paper(
 
 def in_order(categories) -> list[str]:
     """Categories as the paper lists them, each group's average behind it, unknown ones last."""
-    known = [*TEXTURES, *DEMO_TEXTURES, AVERAGES[0], *OBJECTS, *DEMO_OBJECTS]
+    known = [*TEXTURES, *DEMO_TEXTURES, AVERAGES[0], *OBJECTS, *DEMO_OBJECTS, *SYNTHETIC]
     own = sorted({*categories} - {*known, *AVERAGES})
     return [c for c in (*known, *own, *AVERAGES[1:]) if c in {*categories}]
 

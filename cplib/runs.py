@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cplib import data
-from cplib.config import Run
+from cplib.config import SYNTHETIC, Run
 from cplib.density import Gaussian, l2_normalise
 from cplib.localize import gradcam, patch_maps, upsample
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
+from cplib.synthetic import Anomaly, paint
 from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
 
 RECORD_VERSION = 1
@@ -187,6 +188,37 @@ def gradcam_metrics(run: Run, **places) -> dict | None:
         return _located(run, test, gradcam(net, test.pixels))
 
     return beside(run, "gradcam", compute, **places)
+
+
+def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
+    """AUROC of Table 6's anomalies painted on the good test pictures, kept beside; else None (5.3).
+
+    The record holds the anomaly's fields, the numbers of clean pictures and of painted ones of a
+    kind, and ``image_auroc``, percent, clean against painted ones of each kind; it has no kinds
+    where no picture is good.
+    """
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
+        clean = test.pixels[test.labels == 0]
+        painted = [paint(clean, *kind.split("_"), anomaly)[0] for kind in SYNTHETIC if len(clean)]
+        scores = score(run, net, train.pixels, torch.cat([clean, *painted]))
+        good, *others = scores.split([len(clean), *map(len, painted)])
+        aurocs = [_auroc(good, part) for part in others]
+        return {
+            "anomaly": asdict(anomaly),
+            "clean": len(good),
+            "painted": len(others[0]) if others else 0,
+            "image_auroc": dict(zip(SYNTHETIC, aurocs, strict=False)),
+        }
+
+    return beside(run, anomaly.id, compute, **places)
+
+
+def _auroc(good: torch.Tensor, bad: torch.Tensor) -> float | None:
+    """AUROC, percent, of the scores of good pictures against those of bad ones."""
+    labels = torch.cat([torch.zeros(len(good)), torch.ones(len(bad))])
+    return image_metrics(labels, torch.cat([good, bad]))["image_auroc"]
 
 
 def trained(run: Run) -> bool:

@@ -12,6 +12,7 @@ from cplib import data, runs, sweep
 from cplib.config import PROFILES, Profile, Run
 from cplib.demo import make_demo
 from cplib.model import weights_file
+from cplib.synthetic import Anomaly
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,12 @@ class Workspace:
         """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
         few = [c for c in self.categories if c in self.profile.ablation]
         return self.profile.runs(methods, few or self.categories, self.seeds)
+
+    @property
+    def anomaly(self) -> Anomaly:
+        """How Table 6's anomalies are painted; digits are MNIST's where $CPLIB_MNIST is set."""
+        digits = {"digits": "mnist"} if os.environ.get("CPLIB_MNIST") else {}
+        return Anomaly(**(self.profile.anomaly | digits))
 
     @property
     def places(self) -> dict:
