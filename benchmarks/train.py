@@ -6,18 +6,13 @@ Prints one Markdown table; ``--json FILE`` writes the same numbers for a program
 """
 
 import argparse
-import json
 import math
-import os
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -30,13 +25,12 @@ from torchvision import transforms
 from cplib import data, train
 from cplib.config import Run
 from cplib.model import embed
-from cplib.runs import device_name
+
+from timing import Row, Seconds, cores, options, peak_memory, report, seconds_of
 
 SIZES = (64, 128, 256)
 SHARES = (0.25, 0.5, 1.0)  # of the batch and of the data set, to see how time grows
 PREPARED = 1_000_000  # batches a loader would deliver if it were not stopped
-
-Row = tuple[str, float, str]  # what, value, unit
 
 
 class PerPicture(Dataset):
@@ -129,37 +123,6 @@ def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[N
         yield
 
 
-class Seconds(NamedTuple):
-    """What a call takes: by the clock, and of this process's cores (none of its workers')."""
-
-    clock: float
-    cores: float
-
-    def spent(self, device: str) -> float:
-        """What other programs on the machine disturb least."""
-        return self.clock if device == "cuda" else self.cores
-
-
-def seconds_of(work: Callable[[], object], device: str, budget: float) -> Seconds:
-    """Seconds a call takes, after one to warm up: over ``budget`` seconds, at least two calls."""
-    work()
-    _finish(device)
-    began, busy, calls = time.perf_counter(), time.process_time(), 0
-    while calls < 2 or time.perf_counter() - began < budget:
-        work()
-        _finish(device)
-        calls += 1
-    return Seconds(
-        (time.perf_counter() - began) / calls,
-        (time.process_time() - busy) / calls,
-    )
-
-
-def _finish(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def step_seconds(loop: Iterator[None], device: str, budget: float) -> Seconds:
     """Seconds a step of a loop, which is closed, its workers with it."""
     try:
@@ -221,16 +184,6 @@ def arithmetic(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def peak_memory(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """The most memory that the training step takes; on a CPU the whole process."""
-    step_seconds(product(run, pixels, args.device), args.device, 0)
-    if args.device == "cuda":
-        return [("peak memory of the GPU", torch.cuda.max_memory_allocated() / 2**30, "GiB")]
-    unit = 1 if sys.platform == "darwin" else 2**10
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return [("peak memory of the process", used / 2**30, "GiB")]
-
-
 def growth(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     """How time grows with the resolution, the batch, and the number of pictures."""
     rows, budget = [], args.seconds / 40
@@ -266,6 +219,12 @@ def compilation(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]
     ]
 
 
+def memory(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
+    """The most memory that the training step takes."""
+    step_seconds(product(run, pixels, args.device), args.device, 0)
+    return [peak_memory(args.device)]
+
+
 def measure(args: argparse.Namespace) -> list[Row]:
     """Every row of the table; memory first, before the reference loop has taken any."""
     run = Run(
@@ -276,65 +235,24 @@ def measure(args: argparse.Namespace) -> list[Row]:
         precision=args.precision,
     )
     pixels = data.load(args.data, args.category, "train", args.size).pixels
-    parts = [peak_memory, throughput, augmentation, arithmetic, growth]
+    parts = [memory, throughput, augmentation, arithmetic, growth]
     parts += [compilation] if args.compile else []
     return [row for part in parts for row in part(run, pixels, args)]
 
 
-def machine(args: argparse.Namespace) -> dict:
-    """Where and how it was measured."""
-    return {
-        "device": device_name(torch.device(args.device)),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "workers": args.workers,
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "torch": torch.__version__,
-        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-    }
-
-
-def markdown(rows: list[Row]) -> str:
-    """The table."""
-    lines = ["| what | value | unit |", "| --- | ---: | --- |"]
-    return "\n".join(lines + [f"| {what} | {value:.3g} | {unit} |" for what, value, unit in rows])
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder in the MVTec layout")
-    parser.add_argument("--category", default="bottle")
-    parser.add_argument("--size", type=int, default=256, help="pixels, both sides")
+    parser = options(__doc__)
     parser.add_argument("--sources", type=int, default=32, help="source pictures a batch")
-    parser.add_argument("--seconds", type=float, default=60, help="for the two loops together")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each loop")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--threads", type=int, default=cores, help="of both loops")
-    parser.add_argument("--workers", type=int, default=cores, help="of the reference loop")
+    parser.add_argument("--workers", type=int, default=cores(), help="of the reference loop")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    try:
-        rows = measure(args)
-    except data.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(markdown(rows))
-    if args.json:
-        values = {what: {"value": value, "unit": unit} for what, value, unit in rows}
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        note = {"machine": machine(args), "options": asked, "rows": values}
-        args.json.write_text(json.dumps(note, indent=1) + "\n")
-    return 0
+    return report(lambda: measure(args), args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Where the defect is: dense patch scores, receptive-field upsampling, GradCAM (2.4, 4.2, A.5)."""
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 
 from cplib.density import Gaussian, l2_normalise
 from cplib.model import PretextNet
 
-CHUNK = 8  # pictures whose patches are in memory at once
+CHUNK = 8  # pictures of a GradCAM batch
 
 
 def positions(height: int, width: int, patch: int, stride: int = 4) -> tuple[int, int]:
@@ -23,7 +26,6 @@ def positions(height: int, width: int, patch: int, stride: int = 4) -> tuple[int
     return (height - patch) // stride + 1, (width - patch) // stride + 1
 
 
-@torch.inference_mode()
 def patch_features(
     net: PretextNet,
     pixels: Tensor,
@@ -33,24 +35,51 @@ def patch_features(
     batch: int = 512,
     bf16: bool = False,
 ) -> Tensor:
-    """Features (N, rows, columns, D) of every patch of uint8 pictures (N, 3, H, W), float32.
+    """Features (N, rows, columns, D) of every patch of uint8 pictures (N, 3, H, W), float32."""
+    positions(*pixels.shape[2:], patch, stride)
+    encode = _encode(net, bf16)
+    lines = _lines(encode, pixels, patch=patch, stride=stride, batch=batch)
+    return torch.stack(list(lines), 1)
 
-    Patches are windows onto the picture; only ``batch`` of them are copied at a time.
+
+@torch.inference_mode()
+def _lines(
+    encode: Callable, pixels: Tensor, *, patch: int, stride: int, batch: int = 512
+) -> Iterator[Tensor]:
+    """Features (N, columns, D) of one row of patches after the other.
+
+    Patches are windows onto the pictures; only ``batch`` of them are copied at a time, and only
+    one row's features are in memory.
+    """
+    rows, columns = positions(*pixels.shape[2:], patch, stride)
+    for top in range(0, rows * stride, stride):
+        windows = pixels[:, :, top : top + patch].unfold(3, patch, stride).movedim(3, 1)
+        parts = windows.split(max(1, batch // columns))
+        yield torch.cat([encode(part.flatten(0, 1)) for part in parts]).unflatten(0, (-1, columns))
+
+
+def _encode(net: PretextNet, bf16: bool) -> Callable[[Tensor], Tensor]:
+    """The network's features of uint8 patches, with BatchNorm folded into the convolutions.
+
+    With ``bf16`` the weights are rounded once and not at every call, as autocast would.
     """
     net.eval()
-    device = net.pixel_mean.device
-    rows, columns = positions(*pixels.shape[2:], patch, stride)
-    features = []
-    for picture in pixels:
-        x = picture.to(device).float().div(255)
-        windows = x.unfold(1, patch, stride).unfold(2, patch, stride).permute(1, 2, 0, 3, 4)
-        for line in windows.split(max(1, batch // columns)):
-            part = line.reshape(-1, 3, patch, patch).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features.append(net.features(part).float())
-    return torch.cat(features).view(len(pixels), rows, columns, -1)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:
+        encoder = fuse(net.encoder)
+    except TraceError:  # timm's networks look at the size of their input
+        encoder = copy.deepcopy(net.encoder)
+    encoder = encoder.to(dtype, memory_format=torch.channels_last)
+
+    def encode(patches: Tensor) -> Tensor:
+        x = patches.to(net.pixel_mean.device).float().div(255)
+        x = ((x - net.pixel_mean) / net.pixel_std).to(dtype)
+        return encoder(x.contiguous(memory_format=torch.channels_last)).float()
+
+    return encode
 
 
+@torch.inference_mode()
 def patch_maps(
     net: PretextNet,
     normal: Tensor,
@@ -67,26 +96,19 @@ def patch_maps(
 
     ``per_position`` fits one Gaussian to each place of an aligned category, else one to all (A.5).
     """
-    options = {"patch": patch, "stride": stride, "bf16": bf16, "l2": l2}
-    rows, columns = positions(*pixels.shape[2:], patch, stride)
+    encode = _encode(net, bf16)
+    scale = l2_normalise if l2 else torch.Tensor.float
+
+    def lines(pictures: Tensor) -> Iterator[Tensor]:
+        return map(scale, _lines(encode, pictures, patch=patch, stride=stride))
+
     if per_position:
-        z = torch.cat(list(_chunks(net, normal, options)))  # (M, rows, columns, D)
-        z_test = torch.cat(list(_chunks(net, pixels, options)))
-        lines = [_by_position(z[:, r], z_test[:, r], reg_covar) for r in range(rows)]
-        return torch.stack(lines, 1).cpu()
-    gaussian = Gaussian.fit_stream(
-        (z.flatten(0, 2) for z in _chunks(net, normal, options)), reg_covar=reg_covar
-    )
-    parts = [gaussian.score(z.flatten(0, 2)) for z in _chunks(net, pixels, options)]
-    return torch.cat(parts).view(-1, rows, columns).float().cpu()
-
-
-def _chunks(net: PretextNet, pixels: Tensor, options: dict) -> Iterator[Tensor]:
-    """Patch features, scaled to length one where asked, a few pictures at a time."""
-    options = dict(options)
-    scale = l2_normalise if options.pop("l2") else torch.Tensor.float
-    for chunk in pixels.split(CHUNK):
-        yield scale(patch_features(net, chunk, **options))
+        pairs = zip(lines(normal), lines(pixels), strict=True)
+        return torch.stack([_by_position(*pair, reg_covar) for pair in pairs], 1).cpu()
+    vectors = (z.flatten(0, 1) for z in lines(normal))
+    gaussian = Gaussian.fit_stream(vectors, reg_covar=reg_covar)
+    scores = [gaussian.score(z.flatten(0, 1)).view(z.shape[:2]) for z in lines(pixels)]
+    return torch.stack(scores, 1).float().cpu()
 
 
 def _by_position(z: Tensor, z_test: Tensor, reg_covar: float) -> Tensor:

@@ -30,9 +30,9 @@ ROWS = {
 }
 
 
-def benchmark(*options) -> subprocess.CompletedProcess:
+def benchmark(*options, script="train") -> subprocess.CompletedProcess:
     """Run the benchmark as anyone would."""
-    command = [sys.executable, "benchmarks/train.py", *map(str, options)]
+    command = [sys.executable, f"benchmarks/{script}.py", *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -65,6 +65,22 @@ def test_it_prints_one_table_and_writes_the_same_numbers(demo_root, tmp_path):
     assert written["options"]["size"] == 64
 
 
+@pytest.mark.parametrize("patch", ["16", "32"])
+def test_dense_scoring_is_timed_against_equal_scores(demo_root, tmp_path, patch):
+    options = ["--size", "64", "--patch", patch, "--stride", "16", "--pictures", "3"]
+    options += ["--seconds", "0.1", "--repeats", "1", "--threads", "1", "--precision", "fp32"]
+    file = tmp_path / "numbers.json"
+    options += ["--data", demo_root, "--category", "gear", "--json", file]
+    done = benchmark(*options, script="dense")
+    assert done.returncode == 0, done.stderr
+    rows = {what: row["value"] for what, row in json.loads(file.read_text())["rows"].items()}
+    assert [cell[0] for cell in cells(done.stdout)[2:]] == list(rows)
+    assert rows["difference of the scores"] < 1e-2
+    shares = ("features of patches", "heat maps", "Gaussians and scores")
+    assert sum(rows[f"... {share}"] for share in shares) == pytest.approx(100)
+    assert rows["our way"] > 0
+
+
 def test_a_missing_folder_is_one_clear_line(tmp_path):
     done = benchmark("--data", tmp_path / "nowhere", *TINY)
     assert done.returncode == 2
@@ -76,10 +92,10 @@ def test_a_missing_folder_is_one_clear_line(tmp_path):
 @pytest.fixture
 def per_picture(monkeypatch):
     """The reference loop's pictures: a flat grey one, and one with a gradient."""
-    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import torch
+    from train import PerPicture
 
-    from benchmarks.train import PerPicture
     from cplib.config import Run
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from PIL import Image
 from cplib.__main__ import main
 from cplib.config import PROFILES
 from cplib.notebooks import NOTEBOOKS, check_parameters, choose
-from cplib.tables import all_runs
+from cplib.tables import FINETUNED, all_runs
 from cplib.workspace import ROOT, UsageError, open_workspace, parse_budget
 
 PARAMETERS = {"profile", "data", "categories", "seeds", "results", "device", "weights", "budget"}
@@ -287,6 +287,28 @@ def test_no_notebook_warns(smoke, name):
     assert [o.text for o in outputs if o.get("name") == "stderr"] == []
 
 
+def test_localisation_says_what_it_can_of_data_without_masks_or_defects(tmp_path, capsys):
+    noise = np.random.default_rng(0)
+    places = {"plain": ("train/good", "test/good", "test/bad"), "sound": ("train/good", "test/good")}
+    for category, folders in places.items():
+        for folder in (tmp_path / "data" / category / name for name in folders):
+            folder.mkdir(parents=True)
+            for i in range(4):  # neither square nor as large as a patch
+                pixels = noise.integers(90, 160, (24, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    results = tmp_path / "results"
+    options = ["--only", "04", "--data", str(tmp_path / "data"), "--results", str(results)]
+    assert main(["notebooks", "--profile", "smoke", *options]) == 0, capsys.readouterr()
+    table = pd.read_csv(results / "tables" / "table2_pixel_level.csv")
+    assert table["mean"].isna().all()
+    notebook = nbformat.read(results / "notebooks" / "04_pixel_level_table.ipynb", 4)
+    said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    assert "sound: no defective pictures to show" in said
+    scores = [pd.read_csv(file) for file in results.glob("runs/cutpaste_3way-plain-*/scores.csv")]
+    assert all(np.isfinite(part["score"]).all() for part in scores)
+    assert scores
+
+
 def test_every_run_of_the_profile_is_there_and_nothing_else(smoke):
     planned = all_runs(open_workspace("smoke", results=str(smoke)))
     assert {run.id for run in planned} > {run.id for run in SMOKE.runs()}
@@ -297,6 +319,7 @@ def test_every_run_of_the_profile_is_there_and_nothing_else(smoke):
     ("name", "methods"),
     [
         ("table2_pixel_level", {"cutpaste_3way_patch", "cutpaste_3way_gradcam"}),
+        ("table3_pretrained_vs_finetuned", {"untrained", *FINETUNED}),
         ("table4_cutout_variants", {"cutout", "cutout_mean", "cutout_color", "confetti"}),
         ("table5_binary_vs_3way", {"cutpaste_union", "cutpaste_3way"}),
     ],

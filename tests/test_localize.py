@@ -17,7 +17,12 @@ from cplib.model import PretextNet
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return PretextNet(3).eval()
+    net = PretextNet(3).eval()
+    for module in net.encoder.modules():  # as after training: BatchNorm is not the identity
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return net
 
 
 def noise(n, h, w, seed=0):
@@ -47,6 +52,14 @@ def test_every_feature_is_that_of_its_own_window(net, height, width):
         with torch.no_grad():
             expected = net.features(window.float() / 255)[0]
         torch.testing.assert_close(found[n, r, c], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_changes_the_scores_a_little_and_the_network_not_at_all(net):
+    normal, pixels = noise(6, 64, 64), noise(2, 64, 64, seed=1)
+    exact = patch_maps(net, normal, pixels, patch=32, stride=8, reg_covar=1e-4)
+    rounded = patch_maps(net, normal, pixels, patch=32, stride=8, reg_covar=1e-4, bf16=True)
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
+    assert net.encoder.conv1.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("per_position", [False, True])

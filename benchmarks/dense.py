@@ -1,0 +1,159 @@
+"""How fast a category's pictures are scored patch by patch, against the plain way.
+
+    python benchmarks/dense.py --data DIR --category bottle [--size 256] [--stride 4]
+
+The plain way unfolds each picture into copies of its patches, takes their features in fp32 and fits
+one Gaussian after the other, place by place. Prints one Markdown table.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cplib import data, localize, train
+from cplib.config import Run
+from cplib.density import l2_normalise
+from cplib.localize import patch_maps, positions
+from cplib.model import PretextNet
+from cplib.runs import heat_maps
+
+from timing import Row, Seconds, finish, options, peak_memory, report, seconds_of
+
+
+@torch.inference_mode()
+def plain(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
+    """Scores (N, rows, columns) as ``patch_maps`` gives them, the straightforward way."""
+    z, z_test = (_plain_features(run, net, part) for part in (normal, pixels))
+    shape = positions(run.size, run.size, run.patch, run.stride)
+    if not run.per_position:
+        flat = z.flatten(0, 1).double()
+        mean, precision = _inverse(flat, run.reg_covar)
+        scores = _distance(z_test.flatten(0, 1).double() - mean, precision).view(len(pixels), -1)
+        return scores.view(-1, *shape).float()
+    scores = []
+    for place in range(z.shape[1]):
+        mean, precision = _inverse(z[:, place].double(), run.reg_covar)
+        scores.append(_distance(z_test[:, place].double() - mean, precision))
+    return torch.stack(scores, 1).view(-1, *shape).float()
+
+
+def _plain_features(run: Run, net: PretextNet, pixels: Tensor) -> Tensor:
+    parts = []
+    for picture in pixels:
+        x = picture[None].to(net.pixel_mean.device).float() / 255
+        copies = F.unfold(x, run.patch, stride=run.stride)[0].T
+        copies = copies.reshape(-1, 3, run.patch, run.patch)
+        parts.append(torch.cat([net.features(part) for part in copies.split(512)]))
+    return l2_normalise(torch.stack(parts))
+
+
+def _inverse(z: Tensor, reg_covar: float) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    return z.mean(0), torch.linalg.inv(torch.cov(z.T, correction=0) + reg_covar * eye)
+
+
+def _distance(centred: Tensor, precision: Tensor) -> Tensor:
+    return ((centred @ precision) * centred).sum(1) / 2
+
+
+def ours(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
+    """The project's own way."""
+    return patch_maps(
+        net,
+        normal,
+        pixels,
+        patch=run.patch,
+        stride=run.stride,
+        per_position=run.per_position,
+        reg_covar=run.reg_covar,
+        bf16=train.uses_bf16(run, net.pixel_mean.device),
+    )
+
+
+def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: str) -> list[Row]:
+    """The share of each stage in a whole category's scoring, upsampling at the end."""
+    spent, encoder = [], localize._encode
+
+    def clocked(*args) -> Callable[[Tensor], Tensor]:
+        encode = encoder(*args)
+
+        def timed(patches: Tensor) -> Tensor:
+            began = time.perf_counter()
+            z = encode(patches)
+            finish(device)
+            spent.append(time.perf_counter() - began)
+            return z
+
+        return timed
+
+    began = time.perf_counter()
+    with mock.patch.object(localize, "_encode", clocked):
+        maps = ours(run, net, normal, pixels)
+    scored = time.perf_counter()
+    heat_maps(run, maps)
+    whole = time.perf_counter() - began
+    shares = {"features of patches": sum(spent), "heat maps": whole - (scored - began)}
+    shares["Gaussians and scores"] = whole - sum(shares.values())
+    return [(f"... {name}", 100 * seconds / whole, "%") for name, seconds in shares.items()]
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Every row; memory after our way and before the plain one."""
+    run = Run(
+        method="cutpaste_3way",
+        category=args.category,
+        size=args.size,
+        patch=args.patch,
+        stride=args.stride,
+        precision=args.precision,
+    )
+    normal, pixels = (
+        data.load(args.data, args.category, split, args.size).pixels[: args.pictures]
+        for split in ("train", "test")
+    )
+    net = train.build(run).to(args.device, memory_format=torch.channels_last).eval()
+    work = {f: partial(f, run, net, normal, pixels) for f in (ours, plain)}
+    rows = stages(run, net, normal, pixels, args.device) + [peak_memory(args.device)]
+    budget = args.seconds / 2 / args.repeats
+    turns = [[_once(work[f], args.device, budget) for f in work] for _ in range(args.repeats)]
+    mine, theirs = work[ours](), work[plain]().cpu()
+    count = len(normal) + len(pixels)
+    return [
+        ("our way", 1e3 * statistics.median(a.clock for a, _ in turns) / count, "ms/picture"),
+        ("plain way", 1e3 * statistics.median(b.clock for _, b in turns) / count, "ms/picture"),
+        ("plain way against ours", statistics.median(b.clock / a.clock for a, b in turns), "times"),
+        ("... in core time", statistics.median(b.cores / a.cores for a, b in turns), "times"),
+        ("difference of the scores", float((mine - theirs).norm() / theirs.norm()), "relative"),
+        *rows,
+    ]
+
+
+def _once(work, device: str, budget: float) -> Seconds:
+    return seconds_of(work, device, budget, warm=False, least=1)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = options(__doc__)
+    parser.add_argument("--patch", type=int, default=64, help="pixels, both sides")
+    parser.add_argument("--stride", type=int, default=4, help="between patches")
+    parser.add_argument("--pictures", type=int, default=16, help="of each split, at most")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = parse(argv)
+    return report(lambda: measure(args), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
