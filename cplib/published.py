@@ -180,17 +180,20 @@ def markdown(grid: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -> Path:
+def save_table(
+    table: pd.DataFrame, results: str | Path, name: str, note: str, *, down: bool = False
+) -> Path:
     """Write ``results/tables/<name>.csv``, tidy, and ``.md``, as the paper prints it.
 
-    ``note`` says under which protocol the numbers were measured and stands above the Markdown.
-    Returns the path of the CSV.
+    ``note`` says under which protocol the numbers were measured and stands above the Markdown, in
+    which the methods go across, or ``down``. Returns the path of the CSV.
     """
     folder = Path(results) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"{note}\n", "Ours, then the paper's in brackets; percent, mean±standard error.\n"]
     for metric in table["metric"].unique():
-        parts += [f"**{metric}**\n", markdown(wide(table, metric))]
+        grid = wide(table, metric)
+        parts += [f"**{metric}**\n", markdown(grid.T if down else grid)]
     (folder / f"{name}.md").write_text("\n".join(parts))
     path = folder / f"{name}.csv"
     table.to_csv(path, index=False, float_format="%.4f")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from cplib import runs, sweep
+from cplib import runs, sensitivity, sweep
 from cplib.config import BASELINES, TABLE1, Run
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.published import against_paper, in_order, save_table
@@ -32,6 +32,8 @@ class Table:
     planned: Callable[[Workspace], list[Run]]
     values: Callable[[Workspace], pd.DataFrame]
     metrics: tuple[str, ...] = ("image_auroc",)
+    seeds: Callable[[Workspace], str] = lambda workspace: ""  # in words, if not as in Table 1
+    down: bool = False  # in Markdown the rows go down, not across
     note: Callable[[Workspace, pd.DataFrame], str] = lambda workspace, values: ""
 
 
@@ -70,8 +72,8 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     tidy = against_paper(values, name, methods=table.rows, metrics=table.metrics)
     planned = table.planned(workspace)
     run = next((r for r in planned if r.method == "cutpaste_3way"), None)
-    note = workspace.protocol(run) + table.note(workspace, values)
-    save_table(tidy, workspace.results, name, note)
+    note = workspace.protocol(run, table.seeds(workspace)) + table.note(workspace, values)
+    save_table(tidy, workspace.results, name, note, down=table.down)
     return tidy
 
 
@@ -133,6 +135,30 @@ def _ablation(name: str, notebook: str, methods: tuple[str, ...]) -> Table:
     )
 
 
+def _sensitivity(name: str) -> Table:
+    def values(workspace: Workspace) -> pd.DataFrame:
+        rows = sensitivity.runs_by_row(workspace.profile, name, *_asked(workspace))
+        names = [(row, run.id) for row, of_row in rows.items() for run in of_row]
+        found = workspace.collect([run for of_row in rows.values() for run in of_row])
+        return pd.DataFrame(names, columns=["method", "id"]).merge(
+            found.drop(columns="method"), on="id"
+        )
+
+    return Table(
+        name=name,
+        notebook="09",
+        rows=sensitivity.row_names(name),
+        planned=lambda w: sensitivity.planned(w.profile, name, *_asked(w)),
+        values=values,
+        seeds=lambda w: f"{w.seeds or w.profile.sensitivity.seeds}. Each row changes one setting",
+        down=True,
+    )
+
+
+def _asked(workspace: Workspace) -> tuple:
+    return workspace.categories, workspace.seeds
+
+
 TABLES = {
     table.name: table
     for table in (
@@ -162,5 +188,6 @@ TABLES = {
             values=_synthetic,
             note=_painted,
         ),
+        *map(_sensitivity, sensitivity.AXES_OF),
     )
 }

@@ -98,11 +98,11 @@ class Workspace:
             raise UsageError("no data set at hand: set MVTEC_ROOT or pass --data DIR")
         return data.load(self.data, category, split, size)
 
-    def protocol(self, run: Run | None = None) -> str:
+    def protocol(self, run: Run | None = None, seeds: str = "") -> str:
         """How the numbers were measured, in a line: stands beside every table."""
         run = run or self.profile.run("cutpaste_3way", self.categories[0])
         others = self.seeds or self.profile.other_seeds
-        seeds = f"{self.seeds or self.profile.seeds} (CutPaste-3way), {others} (others)"
+        seeds = seeds or f"{self.seeds or self.profile.seeds} (CutPaste-3way), {others} (others)"
         if run.patch:
             seeds = f"{others}. GradCAM: of the image-level models"
         crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
