@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 NAMES = {
     "untrained": "untrained",
@@ -19,6 +22,10 @@ NAMES = {
     "cutpaste_scar": "CutPaste-scar",
     "cutpaste_union": "Binary (union)",
     "cutpaste_3way": "CutPaste-3way",
+    "pool_pretrained": "ImageNet, pooled",
+    "pool_finetuned": "finetuned, pooled",
+    "level7_pretrained": "ImageNet, level 7",
+    "level7_finetuned": "finetuned, level 7",
     "cutpaste_3way_patch": "CutPaste-3way (patch)",
     "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
     "ensemble": "Ensemble",
@@ -84,3 +91,73 @@ def image_grid(
     for ax, title in zip(axes[0], titles or [], strict=False):
         ax.set_title(title, fontsize="small")
     return fig
+
+
+# Fig. 3's colours, each with a marker of its own for those who see no colour. Normal points are
+# small and lie on top: a pasted copy that the features hardly move lies on its original.
+GROUP_MARKS = {
+    "normal": {"marker": "o", "facecolor": "C0", "edgecolor": "none", "s": 14, "zorder": 3},
+    "anomaly": {"marker": "x", "facecolor": "C3", "s": 34},
+    "cutpaste": {"marker": "^", "facecolor": "none", "edgecolor": "C2", "s": 44},
+    "cutpaste_scar": {"marker": "s", "facecolor": "C8", "edgecolor": "0.3", "s": 44},
+}
+GROUP_NAMES = {"normal": "normal", "anomaly": "real anomaly"} | NAMES
+
+
+def scatter(ax: Axes, groups: dict[str, list]) -> None:
+    """Groups of points [[x, ...], [y, ...]] as Fig. 3 marks them, named, without ticks."""
+    for group, points in groups.items():
+        ax.scatter(*points, **GROUP_MARKS[group], label=GROUP_NAMES[group], linewidth=1.2)
+    ax.set(xticks=[], yticks=[])
+
+
+VERDICT_MARKS = {
+    "reproduced": ("o", "C2"),
+    "not reproduced": ("X", "C3"),
+    "inconclusive": ("s", "C7"),
+}
+
+
+def forest(table, limit: float = 40.0) -> Figure:
+    """Verdicts of claims, as ``cplib.claims`` gives them: effects with intervals, by source.
+
+    Percentage points; an arrow stands where something lies beyond ``limit`` on either side.
+    """
+    groups = table.groupby(table["source"].str.split(",").str[0], sort=False)
+    heights = [len(part) + 0.9 for _, part in groups]
+    size = (8.5, 0.24 * sum(heights) + 1.2)
+    fig, axes = plt.subplots(len(heights), sharex=True, figsize=size, height_ratios=heights)
+    for ax, (source, part) in zip(axes, groups, strict=True):
+        ax.set_title(source, loc="left", fontsize="small", weight="bold", pad=2)
+        ax.set(xlim=(-limit - 2, limit + 2), ylim=(len(part) - 0.5, -0.5))
+        ax.set_yticks(range(len(part)), part["id"], fontsize="small")
+        ax.axvline(0, color="black", lw=1)
+        ax.grid(False, axis="y")
+        for y, row in enumerate(part.itertuples()):
+            _forest_row(ax, y, row, limit)
+    axes[-1].set_xlabel("difference in AUROC, percentage points")
+    fig.legend(*_forest_legend(), loc="outside upper center", ncols=5, fontsize="small")
+    return fig
+
+
+def _forest_row(ax, y: int, row, limit: float) -> None:
+    """One claim: its interval, its effect, the margin that counts, and the paper's effect."""
+    marker, colour = VERDICT_MARKS.get(row.verdict, ("", "C7"))
+    ends = np.clip([row.low, row.high], -limit, limit)
+    ax.plot(ends, [y, y], color=colour, lw=2, solid_capstyle="butt")
+    for end, arrow in ((-limit, "<"), (limit, ">")):
+        if end in ends:
+            ax.plot(1.02 * end, y, arrow, color=colour, ms=7)
+    if marker:
+        ax.plot(np.clip(row.effect, -limit, limit), y, marker, color=colour, ms=8)
+    else:
+        ax.text(limit, y, row.verdict, color="0.4", ha="right", va="center", fontsize="small")
+    ax.plot(row.margin, y, "|", color="black", ms=12, mew=1.5)
+    ax.plot(row.paper_effect, y, "D", mfc="none", mec="black", ms=6)
+
+
+def _forest_legend() -> tuple[list, list]:
+    marks = [Line2D([], [], marker=m, color=c, ms=7) for m, c in VERDICT_MARKS.values()]
+    paper = Line2D([], [], marker="D", mfc="none", mec="black", ls="")
+    margin = Line2D([], [], marker="|", color="black", ms=11, mew=1.5, ls="")
+    return [*marks, paper, margin], [*VERDICT_MARKS, "the paper's", "margin"]
