@@ -197,19 +197,6 @@ FINETUNE_SHORT = FINETUNE | {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """Tables 7 and 8: where and around what one setting at a time is changed, and to what."""
-
-    categories: tuple[str, ...] = ()  # empty: all
-    seeds: int = 1
-    protocol: dict = field(default_factory=dict)  # fields that differ from the profile's
-    learning_rate: tuple[float, ...] = (10 / 3, 1, 1 / 3, 1 / 10)  # times the protocol's own
-    updates: tuple[float, ...] = (0.5, 0.75, 1, 1.25, 1.5)  # times the protocol's own
-    patch_jitter: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
-    max_area: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3)  # of the patch, a share of the picture
-
-
-@dataclass(frozen=True, kw_only=True)
 class Profile:
     """A named set of runs: which categories, methods and seeds, under which protocol."""
 
@@ -223,7 +210,6 @@ class Profile:
     ablation: tuple[str, ...] = ()  # categories of Tables 4 and 5's own methods; empty: all
     patch: dict = field(default_factory=lambda: {"patch": 64})  # the patch model's fields
     pretrained_backbone: str = "resnet18"
-    sensitivity: Sensitivity = Sensitivity()
     finetune: dict = field(default_factory=lambda: FINETUNE)  # Table 3's fields of Run
     sensitivity: Sensitivity = Sensitivity()
     anomaly: dict = field(default_factory=dict)  # Table 6's fields of synthetic.Anomaly
@@ -297,13 +283,6 @@ PROFILES = {
             protocol={"size": 64, "updates": 2, "sources": 4},
             patch={"patch": 32, "stride": 16},
             pretrained_backbone="efficientnet_lite0",
-            sensitivity=Sensitivity(
-                categories=("gear",),
-                learning_rate=(1, 1 / 3),
-                updates=(1, 1.5),
-                patch_jitter=(0.1, 0.3),
-                max_area=(0.15, 0.3),
-            ),
             anomaly={"least": 1},
             finetune=FINETUNE_SHORT | {"head_updates": 1, "updates": 1, "sources": 4},
             sensitivity=Sensitivity(
@@ -325,7 +304,6 @@ PROFILES = {
             ablation=("brick", "gear"),
             patch={"patch": 32, "stride": 8},
             pretrained_backbone="efficientnet_lite0",
-            sensitivity=Sensitivity(categories=("gear",), protocol={"updates": 40}),
             finetune=FINETUNE_SHORT,
             sensitivity=Sensitivity(categories=("gear",), protocol={"updates": 40}),
             anomaly={"least": 20},
