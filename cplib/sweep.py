@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -142,18 +143,19 @@ def _line(error: Exception) -> str:
 def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:
     """What the missing runs cost: a row a method with runs, images and hours of one device.
 
-    The rate is the median of the finished runs of this size of picture and patch on that device;
-    without any the hours are empty.
+    The rate is the median of the finished runs of this backbone, size of picture and patch on that
+    device; runs without one count no hours.
     """
     done = collect(results)
     done = done[done["images_per_second"].notna() & (done["device"] == device_name)]
-    rates = done.groupby(["size", "patch"])["images_per_second"].median()
+    kind = ["backbone", "size", "patch"]
+    rates = done.groupby(kind)["images_per_second"].median()
     rows = [
         {
             "method": run.method,
             "runs": 1,
             "images": images(run),
-            "hours": images(run) / rates.get((run.size, run.patch), float("nan")) / 3600,
+            "hours": images(run) / rates.get(attrgetter(*kind)(run), float("nan")) / 3600,
         }
         for run in missing(runs, results)
     ]

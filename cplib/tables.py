@@ -14,7 +14,9 @@ from cplib.workspace import Workspace
 
 CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
 BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", "cutpaste_3way")
+LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
 PASTED = ("cutout", "cutpaste_3way")  # Table 6
+FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 BOTH = "./run_all.sh --profile {} --data DIR --only 02,{}"
 
 
@@ -101,6 +103,19 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
     return pd.concat([patch.replace({"method": names}), pd.DataFrame(cams)])
 
 
+def _finetuned(workspace: Workspace) -> pd.DataFrame:
+    """Table 3's runs by their pooled features, and by those of a level of the same networks."""
+    names = {"pretrained": "pool_pretrained", "cutpaste_3way": "pool_finetuned"}
+    planned = workspace.finetune_runs()
+    levels = []
+    for run in (r for r in planned if r.method in names):
+        if found := runs.level_metrics(run, LEVEL, **workspace.places):
+            method = names[run.method].replace("pool", f"level{LEVEL}")
+            levels.append({"method": method, "category": run.category, "seed": run.seed} | found)
+    pooled = workspace.collect(planned).replace({"method": names})
+    return pd.concat([pooled, pd.DataFrame(levels)])
+
+
 def _synthetic(workspace: Workspace) -> pd.DataFrame:
     """Table 6's runs: AUROC on each kind of anomaly, painted on each ``source`` category."""
     rows = []
@@ -177,6 +192,14 @@ TABLES = {
             metrics=PIXEL_METRICS,
             planned=Workspace.patch_runs,
             values=_pixel_level,
+        ),
+        Table(
+            name="table3_pretrained_vs_finetuned",
+            notebook="05",
+            rows=("untrained", *FINETUNED),
+            planned=Workspace.finetune_runs,
+            values=_finetuned,
+            seeds=lambda w: f"{w.seeds or w.profile.other_seeds}",
         ),
         _ablation("table4_cutout_variants", "06", CUTOUTS),
         _ablation("table5_binary_vs_3way", "07", BINARY),

@@ -123,7 +123,8 @@ def fit(
     while update < total:
         optimizer.param_groups[0]["lr"] = learning_rate(run, update)
         head_only = update < run.head_updates
-        sums += step(run, net, optimizer, pixels, generator, head_only=head_only)
+        with _seeded(run, update, pixels.device):
+            sums += step(run, net, optimizer, pixels, generator, head_only=head_only)
         update += 1
         if update in rows:
             row = _row(update, history, sums, optimizer, time.time() - started)
@@ -137,6 +138,14 @@ def fit(
         if late and update < total:
             raise OutOfTime(f"{run.id}: {update} of {total} updates done")
     return net.eval(), pd.DataFrame(history)
+
+
+@contextlib.contextmanager
+def _seeded(run: Run, update: int, device: torch.device):
+    """EfficientNet-B4 drops layers at random, by torch's global state: set here, and put back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed((run.seed << 32) + update)
+        yield
 
 
 def _marks(run: Run, n: int) -> set[int]:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from cplib import data, runs, sweep
-from cplib.config import PROFILES, Profile, Run
+from cplib.config import BASELINES, PROFILES, Profile, Run
 from cplib.demo import make_demo
 from cplib.model import weights_file
 from cplib.synthetic import Anomaly
@@ -47,6 +47,12 @@ class Workspace:
         """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
         few = [c for c in self.categories if c in self.profile.ablation]
         return self.profile.runs(methods, few or self.categories, self.seeds)
+
+    def finetune_runs(self) -> list[Run]:
+        """The runs of Table 3: its backbone untrained, from ImageNet, and finetuned (A.4)."""
+        few = tuple(c for c in self.categories if c in self.profile.ablation)
+        methods, seeds = (*BASELINES, "cutpaste_3way"), self.seeds or self.profile.other_seeds
+        return self.profile.runs(methods, few or self.categories, seeds, **self.profile.finetune)
 
     @property
     def anomaly(self) -> Anomaly:
@@ -106,8 +112,9 @@ class Workspace:
         if run.patch:
             seeds = f"{others}. GradCAM: of the image-level models"
         crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
+        net = "" if run.backbone == "resnet18" else f"{run.backbone} "
         return (
-            f"Profile {self.profile.name}: {run.size} px{crops}, {self._updates(run)} "
+            f"Profile {self.profile.name}: {run.size} px{crops}, {net}{self._updates(run)} "
             f"{run.sources} source pictures each; seeds: {seeds}."
         )
 
