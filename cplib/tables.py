@@ -133,9 +133,9 @@ def _painted(workspace: Workspace, values: pd.DataFrame) -> str:
     low, high = (f"{100 * share:g}" for share in anomaly.side)
     digits = {"sklearn": "scikit-learn", "mnist": "MNIST"}[anomaly.digits]
     return (
-        f" Anomalies on the good test pictures of {', '.join(sources) or 'no category'}, "
-        f"{anomaly.count} in each, {low} to {high} % of its side, digits of {digits}; "
-        "a cell is the mean over these categories."
+        f" On the good test pictures of {', '.join(sources) or 'no category'}, at least "
+        f"{anomaly.least} painted of each: {anomaly.count} in a picture, {low} to {high} % of its "
+        f"side, digits of {digits}. A cell is the mean over these categories."
     )
 
 

@@ -423,7 +423,7 @@ def test_the_table_is_made_of_the_finished_runs_and_says_how_it_was_painted(demo
     table = compare(workspace, TABLE, values)
     assert cell(table, "untrained", "average_all")["seeds"] == 1
     protocol = (tmp_path / "tables" / f"{TABLE}.md").read_text().splitlines()[0]
-    assert "good test pictures of gear, 1 in each, 10 to 30 % of its side" in protocol
+    assert "of gear, at least 1 painted of each: 1 in a picture, 10 to 30 % of its side" in protocol
 
 
 def test_mnist_is_asked_for_by_the_environment(monkeypatch, tmp_path, demo_root):
