@@ -103,9 +103,10 @@ def sentence(found: Shortest | None) -> str:
     """What ``shortest`` found, in words."""
     if found is None:
         return "No schedule's AUROC was noted on the way in every category."
+    noise = f"spread {found.spread:.1f}" if found.spread else "too few values for a spread"
     return (
         f"Average over {', '.join(found.categories)}: the longest measured ({found.longest}) "
         f"reaches {found.longest_mean:.1f} after {found.longest_update} updates. The fewest "
         f"updates that come within their own spread of this are {found.update} "
-        f"({found.schedule}): {found.mean:.1f}, spread {found.spread:.1f}."
+        f"({found.schedule}): {found.mean:.1f}, {noise}."
     )

@@ -286,6 +286,12 @@ def test_the_longest_always_bounds_the_search(values):
     assert found.mean >= found.longest_mean - found.spread - 1e-9
 
 
+def test_a_spread_that_could_not_be_measured_is_not_called_zero():
+    assert "too few values" in schedule.sentence(shortest(curve("a", [80, 90])))
+    two = schedule.sentence(shortest(curve("a", [90, 90]), curve("a", [92, 88], seed=1)))
+    assert "spread 1.4" in two
+
+
 def test_nothing_noted_is_said_so():
     empty = pd.DataFrame(columns=schedule.COLUMNS)
     assert schedule.shortest(empty) is None
