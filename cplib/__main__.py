@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from cplib import download, runs
 from cplib.readme import filled
@@ -39,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("folder", help="pictures of any size and format, also in folders below it")
     judge.add_argument("--out", required=True, help="CSV: file, score, threshold, defective")
     judge.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    page = commands.add_parser("report", help="write a profile's results as a page to start from")
+    page.add_argument("--profile", default="demo", help="smoke, demo (default), quick or paper")
+    page.add_argument("--results", default="", help="where they lie (default: results/PROFILE)")
+    commands.add_parser("badges", help="write the notebooks' Colab badges and first cells")
     commands.add_parser("readme", help="write the README's tables from results/")
     return top
 
@@ -71,15 +76,34 @@ def score(detector: str, folder: str, out: str, device: str) -> int:
     """Score every picture below a folder into a CSV; 1 if one of the files could not be read."""
     from cplib.detector import Detector, score_folder
 
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"no such folder for --out: {Path(out).parent}")
     tool = Detector.load(detector, find_device(device))
     began = time.perf_counter()
     table, problems = score_folder(tool, folder)
     each = 1000 * (time.perf_counter() - began) / len(table)
     table.to_csv(out, index=False, float_format="%.9g")
-    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    for line in problems:
+        print(line, file=sys.stderr)
     flagged = int(table["defective"].sum())
-    print(f"{len(table)} pictures, {each:.1f} ms a picture; {flagged} at or above the threshold")
+    print(f"pictures: {len(table)}; {each:.1f} ms each; {flagged} at or above the threshold")
     return 1 if problems else 0
+
+
+def report(profile: str, results: str) -> int:
+    """Write the report and print its path; what that needs is imported only here."""
+    from cplib.report import report as write
+
+    print(write(profile, results))
+    return 0
+
+
+def write_badges() -> int:
+    """Write every notebook's badge and Colab cell from the address in pyproject.toml."""
+    from cplib.badges import write
+
+    write(ROOT)
+    return 0
 
 
 def write_readme() -> int:
@@ -93,7 +117,9 @@ COMMANDS = {
     "download": fetch,
     "rerun": rerun,
     "score": score,
+    "report": report,
     "readme": write_readme,
+    "badges": write_badges,
 }
 
 

@@ -146,14 +146,16 @@ def open_workspace(
 
     The demo set is made where it is missing. MVTec AD is looked for in ``data_root``, then in
     $MVTEC_ROOT; without it what needs no pictures still works. ``categories`` is a list with
-    commas, ``budget`` a time such as "45m". Raises UsageError for what is unknown or not there.
+    commas, ``budget`` a time such as "45m". Results go to the profile's folder in $CPLIB_RESULTS,
+    else in results/. Raises UsageError for what is unknown or not there.
     """
     if profile not in PROFILES:
         raise UsageError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
     if seeds < 0:
         raise UsageError(f"the number of seeds cannot be negative: {seeds}")
     chosen = PROFILES[profile]
-    folder = Path(results) if results else ROOT / "results" / profile
+    home = Path(os.environ.get("CPLIB_RESULTS") or ROOT / "results")
+    folder = Path(results) if results else home / profile
     root = _data(chosen, data_root, say)
     weights = weights or os.environ.get("CPLIB_WEIGHTS", "")
     if weights and not Path(weights).expanduser().is_dir():
@@ -164,7 +166,7 @@ def open_workspace(
         seeds=seeds or None,
         data=root,
         results=_writable(folder),
-        device=_device(device),
+        device=find_device(device),
         weights=Path(weights).expanduser().resolve() if weights else None,
         budget=parse_budget(budget),
         engine=engine,
@@ -186,7 +188,7 @@ def _data(profile: Profile, data_root: str, say: Callable[[str], None]) -> Path 
 
 
 def _categories(profile: Profile, wanted: str, root: Path | None) -> tuple[str, ...]:
-    """The categories named, else the profile's that are at hand."""
+    """The categories named, else the profile's at hand, $CPLIB_MAX_CATEGORIES of them at most."""
     names = tuple(c.strip() for c in wanted.split(",") if c.strip())
     if root is None:
         unknown = [c for c in names if c not in profile.categories]
@@ -196,7 +198,9 @@ def _categories(profile: Profile, wanted: str, root: Path | None) -> tuple[str, 
         unknown = [c for c in names if c not in there]
     if unknown:
         raise UsageError(f"unknown category {unknown[0]!r}: one of {', '.join(there)}")
-    return names or tuple(c for c in profile.categories if c in there) or tuple(there)
+    at_hand = tuple(c for c in profile.categories if c in there) or tuple(there)
+    limit = os.environ.get("CPLIB_MAX_CATEGORIES")
+    return names or at_hand[: int(limit) if limit else None]
 
 
 def _writable(folder: Path) -> Path:
@@ -211,7 +215,8 @@ def _writable(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _device(device: str) -> str:
+def find_device(device: str) -> str:
+    """The device that "auto", "cpu" or "cuda" stands for; UsageError where it is not there."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}: one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ def own_environment(tmp_path_factory):
         patch.setenv("CPLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-        for name in ("MVTEC_ROOT", "CPLIB_WEIGHTS"):
+        for name in ("MVTEC_ROOT", "CPLIB_WEIGHTS", "CPLIB_RESULTS", "CPLIB_MAX_CATEGORIES"):
             patch.delenv(name, raising=False)
         yield
 

@@ -1,0 +1,3 @@
+"""On Colab the module is imported before a notebook's first cell."""
+
+import google.colab  # noqa: F401
