@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -320,3 +321,16 @@ def test_colabs_list_holds_its_versions_and_not_what_it_lacks():
     for name, version in (expected | {"scikit-learn": "1.6"}).items():
         assert pins[name].startswith(f"{version}.")
     assert not {"captum", "papermill", "adeval", "cplib", "jupyterlab"} & set(pins)
+
+
+def test_a_notebook_that_fails_or_warns_is_found(tmp_path):
+    specification = importlib.util.spec_from_file_location("run_on_colab", STAND_IN / "run.py")
+    run = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(run)
+    for code, found in [
+        ("1 / 0", 1),
+        ("import sys; print(1, file=sys.stderr)", 1),
+        ("print(1)", 0),
+    ]:
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        assert len(run.problems(notebook, tmp_path)) == found

@@ -4,7 +4,5 @@ import os
 
 
 def mount(mountpoint):
-    """Make the folder that a mounted Drive has; a person may refuse (the tests' variable)."""
-    if os.environ.get("REFUSE_DRIVE"):
-        raise ValueError("mount failed")
+    """Make the folder that a mounted Drive has."""
     os.makedirs(os.path.join(mountpoint, "MyDrive"), exist_ok=True)
