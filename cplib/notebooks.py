@@ -1,4 +1,4 @@
-"""Execute the notebooks headless, one line each with the minutes, and keep them as HTML too."""
+"""Execute the notebooks headless, one line each with the minutes, and write the report."""
 
 import json
 import logging
@@ -9,10 +9,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbconvert
 import nbformat
 import papermill
 
+from cplib.report import write_page, write_report
 from cplib.tables import estimate
 from cplib.workspace import ROOT, UsageError, Workspace, open_workspace
 
@@ -52,6 +52,7 @@ def run_notebooks(*, only: str = "", start: str = "", profile: str = "demo", **o
         left = f"{max(1, deadline - time.time()):.0f}s" if deadline else ""
         if not run_one(path, workspace, parameters | {"budget": left}):
             failed.append(path.name)
+    print(f"report: {write_report(workspace.results, profile)}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -98,8 +99,7 @@ def run_one(path: Path, workspace: Workspace, parameters: dict) -> bool:
         )
         return False
     forget_paths(out)
-    page, _ = nbconvert.HTMLExporter(exclude_input_prompt=True).from_filename(str(out))
-    out.with_suffix(".html").write_text(page)
+    write_page(out)
     minutes = round((time.time() - began) / 60, 1)
     print(f" {minutes} min", flush=True)
     note_minutes(workspace.results / "minutes.json", path.stem, minutes)

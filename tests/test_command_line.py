@@ -365,6 +365,14 @@ def test_the_figures_of_a_notebook_are_there_and_not_blank(smoke, name):
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_the_report_links_to_every_notebook_and_lacks_no_table(smoke):
+    page = (smoke / "report" / "index.html").read_text()
+    for name in NAMES:
+        assert f'href="../notebooks/{name}.html"' in page
+    assert "(failed)" not in page
+    assert "Not in these results" not in page
+
+
 def test_a_second_time_nothing_is_trained(smoke):
     before = {path: path.stat().st_mtime_ns for path in (smoke / "runs").rglob("*")}
     options = ["--profile", "smoke", "--results", str(smoke), "--only", "02"]
