@@ -35,8 +35,8 @@ class Table:
     values: Callable[[Workspace], pd.DataFrame]
     metrics: tuple[str, ...] = ("image_auroc",)
     seeds: Callable[[Workspace], str] = lambda workspace: ""  # in words, if not as in Table 1
-    down: bool = False  # in Markdown the rows go down, not across
     note: Callable[[Workspace, pd.DataFrame], str] = lambda workspace, values: ""
+    down: bool = False  # in Markdown the rows go down, not across
 
 
 def all_runs(workspace: Workspace) -> list[Run]:
@@ -56,7 +56,12 @@ def measure(workspace: Workspace, name: str) -> pd.DataFrame:
     Elsewhere a line says how many are missing and which command trains them.
     """
     table = TABLES[name]
-    planned = table.planned(workspace)
+    complete(workspace, table.planned(workspace), table.notebook)
+    return table.values(workspace)
+
+
+def complete(workspace: Workspace, planned: list[Run], notebook: str) -> None:
+    """Execute what is missing of a notebook's runs where the profile is small, else say how to."""
     todo = workspace.missing(planned)
     if todo and workspace.profile.small:
         for outcome in workspace.execute(todo):
@@ -64,8 +69,7 @@ def measure(workspace: Workspace, name: str) -> pd.DataFrame:
                 print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
     elif todo:
         print(f"{len(todo)} of {len(planned)} runs are not there. To train them:")
-        print(BOTH.format(workspace.profile.name, table.notebook))
-    return table.values(workspace)
+        print(BOTH.format(workspace.profile.name, notebook))
 
 
 def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
