@@ -25,7 +25,7 @@ from cplib.config import BASELINES, Run
 from cplib.density import Gaussian, l2_normalise
 from cplib.metrics import image_metrics
 from cplib.model import PretextNet, embed
-from cplib.runs import beside
+from cplib.records import beside
 from cplib.train import options
 
 STAGES = (*BASELINES, "cutpaste_3way")  # methods: before training, and after

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,12 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cplib import data
-from cplib.config import SYNTHETIC, Run
+from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.localize import gradcam, patch_maps, upsample
+from cplib.localize import patch_maps, upsample
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
-from cplib.synthetic import Anomaly, paint
 from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
 
 RECORD_VERSION = 1
@@ -151,96 +149,13 @@ def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> 
     )
     scores = maps.amax((1, 2))
     heat = heat_maps(run, maps)
-    return scores, image_metrics(test.labels, scores) | _located(run, test, heat), maps
+    return scores, image_metrics(test.labels, scores) | located(run, test, heat), maps
 
 
-def _located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
+def located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
     """Pixel-level metrics of heat maps; the peak's distance is 16 px of a 256-px picture."""
     peak = None if test.masks is None else peak_within(test.masks, heat, 16 * run.size / 256)
     return pixel_metrics(test.masks, heat) | {PEAK: peak}
-
-
-def beside(
-    run: Run,
-    name: str,
-    compute: Callable[[Run, PretextNet, Path], dict],
-    *,
-    results: str | Path,
-    data_root: str | Path | None,
-    weights: str | Path | None = None,
-    device: str = "cpu",
-) -> dict | None:
-    """What ``compute(run, net, data_root)`` says of a finished run, kept beside it as a record.
-
-    It stands in ``<name>.json`` in the run's folder. None where neither that file nor the model
-    with the pictures is there.
-    """
-    folder = run_folder(run, results)
-    record = folder / f"{name}.json"
-    if not record.exists():
-        there = folder.exists() and (not trained(run) or (folder / "model.safetensors").exists())
-        if data_root is None or not there:
-            return None
-        net = load_model(run, results, weights).to(device)
-        part = record.with_suffix(f".{os.getpid()}.tmp")
-        _write_json(part, compute(run, net, Path(data_root)))
-        part.replace(record)
-    return json.loads(record.read_text())
-
-
-def gradcam_metrics(run: Run, **places) -> dict | None:
-    """Pixel-level metrics of GradCAM on an image-level run, kept beside it; else None."""
-
-    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
-        test = data.load(data_root, run.category, "test", run.size)
-        return _located(run, test, gradcam(net, test.pixels))
-
-    return beside(run, "gradcam", compute, **places)
-
-
-def level_metrics(run: Run, level: int, **places) -> dict | None:
-    """Image-level metrics of a run by the features of one level (4.3), kept beside it; else None.
-
-    The same Gaussian as for the run's own features.
-    """
-
-    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
-        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
-        scores = score(run, net, train.pixels, test.pixels, level=level)
-        return image_metrics(test.labels, scores)
-
-    return beside(run, f"level{level}", compute, **places)
-
-
-def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
-    """AUROC of Table 6's anomalies painted on the good test pictures, kept beside; else None (5.3).
-
-    The record holds the anomaly's fields, the numbers of clean pictures and of painted ones of a
-    kind, and ``image_auroc``, percent, clean against painted ones of each kind; it has no kinds
-    where no picture is good.
-    """
-
-    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
-        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
-        clean = test.pixels[test.labels == 0]
-        painted = [paint(clean, *kind.split("_"), anomaly)[0] for kind in SYNTHETIC if len(clean)]
-        scores = score(run, net, train.pixels, torch.cat([clean, *painted]))
-        good, *others = scores.split([len(clean), *map(len, painted)])
-        aurocs = [_auroc(good, part) for part in others]
-        return {
-            "anomaly": asdict(anomaly),
-            "clean": len(good),
-            "painted": len(others[0]) if others else 0,
-            "image_auroc": dict(zip(SYNTHETIC, aurocs, strict=False)),
-        }
-
-    return beside(run, anomaly.id, compute, **places)
-
-
-def _auroc(good: torch.Tensor, bad: torch.Tensor) -> float | None:
-    """AUROC, percent, of the scores of good pictures against those of bad ones."""
-    labels = torch.cat([torch.zeros(len(good)), torch.ones(len(bad))])
-    return image_metrics(labels, torch.cat([good, bad]))["image_auroc"]
 
 
 def trained(run: Run) -> bool:
@@ -325,8 +240,8 @@ def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
         table = {"file": test.names, "kind": test.kinds, "label": test.labels, "score": scores}
         pd.DataFrame(table).to_csv(part / "scores.csv", index=False, float_format="%.9g")
         history.to_csv(part / "history.csv", index=False, float_format="%.6g")
-        _write_json(part / "metrics.json", metrics)
-        _write_json(part / "run.json", record)
+        write_json(part / "metrics.json", metrics)
+        write_json(part / "run.json", record)
         if len(history):
             state = {k: v.contiguous() for k, v in net.state_dict().items()}
             save_file(state, part / "model.safetensors")
@@ -340,7 +255,8 @@ def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Write a record, for people as for programs."""
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 

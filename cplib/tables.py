@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from cplib import runs, sensitivity, sweep
+from cplib import records, runs, sensitivity, sweep
 from cplib.config import BASELINES, TABLE1, Run
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.published import against_paper, in_order, save_table
@@ -101,7 +101,7 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
     names = {"cutpaste_3way": "cutpaste_3way_patch"}
     cams = []
     for run in workspace.runs(("cutpaste_3way",)):
-        if found := runs.gradcam_metrics(run, **workspace.places):
+        if found := records.gradcam_metrics(run, **workspace.places):
             row = {"method": "cutpaste_3way_gradcam", "category": run.category, "seed": run.seed}
             cams.append(row | found)
     return pd.concat([patch.replace({"method": names}), pd.DataFrame(cams)])
@@ -113,7 +113,7 @@ def _finetuned(workspace: Workspace) -> pd.DataFrame:
     planned = workspace.finetune_runs()
     levels = []
     for run in (r for r in planned if r.method in names):
-        if found := runs.level_metrics(run, LEVEL, **workspace.places):
+        if found := records.level_metrics(run, LEVEL, **workspace.places):
             method = names[run.method].replace("pool", f"level{LEVEL}")
             levels.append({"method": method, "category": run.category, "seed": run.seed} | found)
     pooled = workspace.collect(planned).replace({"method": names})
@@ -124,7 +124,7 @@ def _synthetic(workspace: Workspace) -> pd.DataFrame:
     """Table 6's runs: AUROC on each kind of anomaly, painted on each ``source`` category."""
     rows = []
     for run in workspace.ablation_runs((*BASELINES, *PASTED)):
-        record = runs.synthetic_metrics(run, workspace.anomaly, **workspace.places) or {}
+        record = records.synthetic_metrics(run, workspace.anomaly, **workspace.places) or {}
         row = {"method": run.method, "source": run.category, "seed": run.seed}
         for kind, auroc in record.get("image_auroc", {}).items():
             rows.append(row | {"category": kind, "image_auroc": auroc})

@@ -289,7 +289,8 @@ def test_no_notebook_warns(smoke, name):
 
 def test_localisation_says_what_it_can_of_data_without_masks_or_defects(tmp_path, capsys):
     noise = np.random.default_rng(0)
-    places = {"plain": ("train/good", "test/good", "test/bad"), "sound": ("train/good", "test/good")}
+    good = ("train/good", "test/good")
+    places = {"plain": (*good, "test/bad"), "sound": good}
     for category, folders in places.items():
         for folder in (tmp_path / "data" / category / name for name in folders):
             folder.mkdir(parents=True)

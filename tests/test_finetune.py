@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from cplib import data, model, runs, sweep, train
+from cplib import data, model, records, runs, sweep, train
 from cplib.config import BASELINES, PROFILES, Profile, Run
 from cplib.model import PretextNet, embed, levels
 from cplib.published import against_paper, published
@@ -321,7 +321,7 @@ def lite(demo_root, tmp_path_factory):
 
 def test_the_score_of_a_level_is_a_library_gaussians_and_stands_beside_the_run(lite):
     run, places = lite
-    found = runs.level_metrics(run, 7, **places)
+    found = records.level_metrics(run, 7, **places)
     net = train.build(run)
     normal, test = (data.load(places["data_root"], "gear", s, run.size) for s in ("train", "test"))
     z, z_test = (F.normalize(embed(net, s.pixels, level=7).double()) for s in (normal, test))
@@ -330,13 +330,13 @@ def test_the_score_of_a_level_is_a_library_gaussians_and_stands_beside_the_run(l
     assert found["image_auroc"] == pytest.approx(expected, abs=1e-6)
     own = json.loads((runs.run_folder(run, places["results"]) / "metrics.json").read_text())
     assert found["image_ap"] != own["image_ap"]
-    assert runs.level_metrics(run, 7, **(places | {"data_root": None})) == found
+    assert records.level_metrics(run, 7, **(places | {"data_root": None})) == found
 
 
 def test_a_level_that_cannot_be_scored_here_is_none(lite):
     run, places = lite
-    assert runs.level_metrics(run, 6, **(places | {"data_root": None})) is None
-    assert runs.level_metrics(replace(run, seed=9), 7, **places) is None
+    assert records.level_metrics(run, 6, **(places | {"data_root": None})) is None
+    assert records.level_metrics(replace(run, seed=9), 7, **places) is None
 
 
 def test_every_row_but_the_baseline_stands_in_the_papers_table():

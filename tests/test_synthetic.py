@@ -14,10 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from cplib import data, runs, synthetic
+from cplib import data, records, runs, synthetic
 from cplib.config import CATEGORIES, DEMO_OBJECTS, SYNTHETIC, Run
 from cplib.published import against_paper, published, wide
-from cplib.runs import synthetic_metrics
+from cplib.records import synthetic_metrics
 from cplib.synthetic import FILLS, SHAPES, Anomaly, digit_pictures, natural_pictures, outline, paint
 from cplib.tables import TABLES, compare
 from cplib.workspace import open_workspace
@@ -354,7 +354,7 @@ def test_the_record_holds_the_auroc_of_clean_against_painted(done):
 
 
 def test_an_anomaly_that_changes_nothing_is_at_chance(done, monkeypatch):
-    monkeypatch.setattr(runs, "paint", lambda pixels, *_: (pixels.clone(), None))
+    monkeypatch.setattr(records, "paint", lambda pixels, *_: (pixels.clone(), None))
     record = synthetic_metrics(done[0], Anomaly(seed=7), **done[1])
     np.testing.assert_allclose(list(record["image_auroc"].values()), 50)
 
@@ -365,7 +365,7 @@ def test_the_record_is_written_once_and_read_again(done, monkeypatch):
     first = synthetic_metrics(run, anomaly, **places)
     file = runs.run_folder(run, places["results"]) / f"{anomaly.id}.json"
     assert json.loads(file.read_text()) == first
-    monkeypatch.setattr(runs, "paint", None)
+    monkeypatch.setattr(records, "paint", None)
     assert synthetic_metrics(run, anomaly, **(places | {"data_root": None})) == first
     assert not list(file.parent.glob("*.tmp"))
 

@@ -1,0 +1,100 @@
+"""What is worked out of a finished run and its pictures later, kept as small files beside it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cplib import data
+from cplib.config import SYNTHETIC, Run
+from cplib.localize import gradcam
+from cplib.metrics import image_metrics
+from cplib.model import PretextNet
+from cplib.runs import load_model, located, run_folder, score, trained, write_json
+from cplib.synthetic import Anomaly, paint
+
+
+def beside(
+    run: Run,
+    name: str,
+    compute: Callable[[Run, PretextNet, Path], dict],
+    *,
+    results: str | Path,
+    data_root: str | Path | None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+) -> dict | None:
+    """What ``compute(run, net, data_root)`` says of a finished run, kept beside it as a record.
+
+    It stands in ``<name>.json`` in the run's folder. None where neither that file nor the model
+    with the pictures is there.
+    """
+    folder = run_folder(run, results)
+    record = folder / f"{name}.json"
+    if not record.exists():
+        there = folder.exists() and (not trained(run) or (folder / "model.safetensors").exists())
+        if data_root is None or not there:
+            return None
+        net = load_model(run, results, weights).to(device)
+        part = record.with_suffix(f".{os.getpid()}.tmp")
+        write_json(part, compute(run, net, Path(data_root)))
+        part.replace(record)
+    return json.loads(record.read_text())
+
+
+def gradcam_metrics(run: Run, **places) -> dict | None:
+    """Pixel-level metrics of GradCAM on an image-level run, kept beside it; else None."""
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        test = data.load(data_root, run.category, "test", run.size)
+        return located(run, test, gradcam(net, test.pixels))
+
+    return beside(run, "gradcam", compute, **places)
+
+
+def level_metrics(run: Run, level: int, **places) -> dict | None:
+    """Image-level metrics of a run by the features of one level (4.3), kept beside it; else None.
+
+    The same Gaussian as for the run's own features.
+    """
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
+        scores = score(run, net, train.pixels, test.pixels, level=level)
+        return image_metrics(test.labels, scores)
+
+    return beside(run, f"level{level}", compute, **places)
+
+
+def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
+    """AUROC of Table 6's anomalies painted on the good test pictures, kept beside; else None (5.3).
+
+    The record holds the anomaly's fields, the numbers of clean pictures and of painted ones of a
+    kind, and ``image_auroc``, percent, clean against painted ones of each kind; it has no kinds
+    where no picture is good.
+    """
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
+        clean = test.pixels[test.labels == 0]
+        painted = [paint(clean, *kind.split("_"), anomaly)[0] for kind in SYNTHETIC if len(clean)]
+        scores = score(run, net, train.pixels, torch.cat([clean, *painted]))
+        good, *others = scores.split([len(clean), *map(len, painted)])
+        aurocs = [_auroc(good, part) for part in others]
+        return {
+            "anomaly": asdict(anomaly),
+            "clean": len(good),
+            "painted": len(others[0]) if others else 0,
+            "image_auroc": dict(zip(SYNTHETIC, aurocs, strict=False)),
+        }
+
+    return beside(run, anomaly.id, compute, **places)
+
+
+def _auroc(good: torch.Tensor, bad: torch.Tensor) -> float | None:
+    """AUROC, percent, of the scores of good pictures against those of bad ones."""
+    labels = torch.cat([torch.zeros(len(good)), torch.ones(len(bad))])
+    return image_metrics(labels, torch.cat([good, bad]))["image_auroc"]
