@@ -315,7 +315,9 @@ PROFILES = {
             methods=BASELINES + TABLE1,
             seeds=2,
             other_seeds=1,
-            patch={"patch": 64, "stride": 8},  # a quarter of the paper's positions
+            # A sixteenth of the paper's positions: on bottle and transistor every eighth pixel gave
+            # the same pixel AUROC to 0.4. Crops are small, so more updates cost little.
+            patch={"patch": 64, "stride": 16, "updates": 200},
             finetune=FINETUNE_SHORT,
             # The shortest schedule whose AUROC is not below that of three times the updates
             # (notebook 09, the curves): longer, screw falls again and transistor gains little.
