@@ -13,6 +13,15 @@ def l2_normalise(z: Tensor) -> Tensor:
     return torch.nn.functional.normalize(z, dim=-1)
 
 
+def moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Number, sum (D,) and sum of the outer products (D, D), float64, of features (N, D) each."""
+    count, total, square = 0, 0.0, 0.0
+    for z in chunks:
+        z = z.double()
+        count, total, square = count + len(z), total + z.sum(0), square + z.mT @ z
+    return count, total, square
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """One Gaussian, or one for each leading index: ``mean`` (..., D), ``factor`` (..., D, D).
@@ -39,10 +48,13 @@ class Gaussian:
     @classmethod
     def fit_stream(cls, chunks: Iterable[Tensor], *, reg_covar: float = 1e-6) -> "Gaussian":
         """As ``fit`` for features that come in chunks (N, D), never all in memory."""
-        count, total, square = 0, 0.0, 0.0
-        for z in chunks:
-            z = z.double()
-            count, total, square = count + len(z), total + z.sum(0), square + z.mT @ z
+        return cls.from_moments(*moments(chunks), reg_covar=reg_covar)
+
+    @classmethod
+    def from_moments(
+        cls, count: int, total: Tensor, square: Tensor, *, reg_covar: float = 1e-6
+    ) -> "Gaussian":
+        """As ``fit`` for features of which only these sums are left: see ``moments``."""
         if count == 0 or not torch.isfinite(square).all():
             raise ValueError("a Gaussian needs at least one feature vector, all of them finite")
         mean = total / count
@@ -67,3 +79,35 @@ class Gaussian:
         """What ``score`` leaves out of the negative log density: one number a Gaussian, (...)."""
         diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         return diagonal.log().sum(-1) + self.mean.shape[-1] * math.log(2 * math.pi) / 2
+
+
+@dataclass(frozen=True)
+class FewGaussians:
+    """Scores as ``Gaussian`` does for each leading index, kept as samples and not as D x D factors.
+
+    Exact, by the matrix inversion lemma: ``centred`` (..., N, D), float32, are the samples less
+    their ``mean`` (..., D), and ``factor`` (..., N, N) is the lower Cholesky factor of their inner
+    products, ``N * reg_covar`` added to the diagonal. Smaller than a Gaussian where N < D.
+    """
+
+    mean: Tensor
+    centred: Tensor
+    factor: Tensor
+    reg_covar: float
+
+    @classmethod
+    def fit(cls, z: Tensor, *, reg_covar: float = 1e-6) -> "FewGaussians":
+        """As ``Gaussian.fit``; ``reg_covar`` has to be positive."""
+        if z.shape[-2] == 0 or not torch.isfinite(z).all() or reg_covar <= 0:
+            raise ValueError("Gaussians need finite features, and a reg_covar above zero")
+        mean = z.double().mean(-2)
+        centred = (z.double() - mean.unsqueeze(-2)).float()
+        inner = centred.double() @ centred.double().mT
+        inner.diagonal(dim1=-2, dim2=-1).add_(z.shape[-2] * reg_covar)
+        return cls(mean, centred, torch.linalg.cholesky(inner).contiguous(), reg_covar)
+
+    def score(self, z: Tensor) -> Tensor:
+        """Anomaly scores (..., M) of z (..., M, D): half the squared distance of eq. 2."""
+        d = z.double() - self.mean.unsqueeze(-2)
+        seen = torch.linalg.solve_triangular(self.factor, self.centred.double() @ d.mT, upper=False)
+        return (d.square().sum(-1) - seen.square().sum(-2)) / (2 * self.reg_covar)
