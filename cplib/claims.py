@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from cplib import features
+from cplib.config import CATEGORIES
 from cplib.figures import NAMES
 from cplib.intervals import LEAST_CATEGORIES, Difference, difference, smallest
-from cplib.published import TABLES as PAPER
-from cplib.published import markdown, published
+from cplib.published import KEYS, markdown, published
 from cplib.tables import TABLES
 from cplib.workspace import Workspace
 
@@ -24,7 +24,6 @@ MARGIN_ERRORS = 2  # standard errors of the paper's, beside its own range
 AVERAGE = "average_all"
 SHAPES = "table6_synthetic_anomalies"
 FEATURES = "features"
-TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"
 
 Pairs = tuple[tuple[str, str], ...]
 Cells = dict[str, dict[str, np.ndarray]]  # method, category: a value a seed
@@ -321,9 +320,9 @@ def _row(claim: Claim, frame: pd.DataFrame | None, seed: int) -> dict:
 
 def _numbers(claim: Claim) -> pd.DataFrame:
     """The paper's numbers for the claim's table and metric, those of its text among them."""
-    text = pd.read_csv(TEXT).query("table == @claim.table").drop(columns="table")
-    tables = [published(claim.table), text] if claim.table in PAPER else [text]
-    numbers = pd.concat(tables)
+    if claim.table == FEATURES:  # Figure 3 prints no number
+        return pd.DataFrame(columns=[*KEYS, "published_mean"])
+    numbers = published(claim.table)
     return numbers[numbers["metric"] == claim.metric]
 
 
@@ -485,9 +484,9 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
 def note(workspace: Workspace) -> str:
     """What the verdicts are about and how they come about: stands above the table."""
     own = (
-        "The demo set is not the paper's: here the verdicts try the pipeline, not the paper. "
-        if workspace.profile.dataset == "demo"
-        else ""
+        ""
+        if {*workspace.categories} <= {*CATEGORIES}
+        else "These are not the paper's pictures: the verdicts try the pipeline, not the paper. "
     )
     return (
         f"Profile {workspace.profile.name}; each table says under which protocol. {own}"

@@ -315,8 +315,8 @@ PROFILES = {
             methods=BASELINES + TABLE1,
             seeds=2,
             other_seeds=1,
-            # A sixteenth of the paper's positions: on bottle and transistor every eighth pixel gave
-            # the same pixel AUROC to 0.4. Crops are small, so more updates cost little.
+            # A sixteenth of the paper's positions, for a CPU's sake; crops are small, so more
+            # updates cost little.
             patch={"patch": 64, "stride": 16, "updates": 200},
             finetune=FINETUNE_SHORT,
             # The shortest schedule whose AUROC is not below that of three times the updates

@@ -8,6 +8,7 @@ from cplib.config import DEMO_OBJECTS, DEMO_TEXTURES, OBJECTS, SYNTHETIC, TEXTUR
 
 TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
 AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
+TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the paper's text gives
 KEYS = ["method", "category", "metric"]
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", "published_mean", "published_stderr"]
 
@@ -15,9 +16,14 @@ COLUMNS = [*KEYS, "mean", "stderr", "seeds", "published_mean", "published_stderr
 def published(table: str) -> pd.DataFrame:
     """The paper's numbers, percent: method, category, metric, published_mean, published_stderr.
 
-    ``table`` is a name such as ``table1_image_level``; KeyError for one that the paper lacks.
+    ``table`` is a name such as ``table1_image_level``; KeyError for one that the paper lacks. What
+    only the text says (GradCAM's average, CIFAR-10's) stands with the table that it belongs to.
     """
-    return pd.read_csv(TABLES[table])
+    text = pd.read_csv(TEXT).query("table == @table").drop(columns="table")
+    if table not in TABLES and text.empty:
+        raise KeyError(table)
+    parts = [pd.read_csv(TABLES[table])] if table in TABLES else []
+    return pd.concat([*parts, text] if len(text) else parts, ignore_index=True)
 
 
 def groups(categories) -> dict[str, list[str]]:

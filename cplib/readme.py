@@ -6,25 +6,48 @@ from pathlib import Path
 
 import pandas as pd
 
+from cplib.claims import VERDICTS
 from cplib.figures import NAMES
 from cplib.published import markdown, wide
+from cplib.tables import shown
 
 
 def table1(results: Path) -> str:
-    """The image-level table of a profile, the protocol above it; categories measured only."""
-    path = results / "tables" / "table1_image_level.csv"
-    table = pd.read_csv(path)
-    measured = table.dropna(subset="mean")
-    table = table[
-        table["category"].isin(measured["category"]) & table["method"].isin(measured["method"])
-    ]
-    grid = wide(table).rename(columns=NAMES, index=lambda name: name.replace("_", " "))
-    protocol = path.with_suffix(".md").read_text().splitlines()[0]
-    grid = grid.T
-    grid.index.name = "image AUROC, %"
-    chosen = "The schedule was chosen on these categories' curves, which flatters it a little. "
+    """The image-level table of a profile; categories and methods measured only."""
+    table = pd.read_csv(results / "tables" / "table1_image_level.csv")
+    table = table[table["method"].isin(table.dropna(subset="mean")["method"])]
+    chosen = "The schedule was chosen on these categories' curves, which flatters it a little."
+    return paragraph(results, "table1_image_level", shown(table), "image_auroc", chosen)
+
+
+def table2(results: Path) -> str:
+    """The pixel-level table of a profile, quoted methods with it; categories measured only."""
+    table = pd.read_csv(results / "tables" / "table2_pixel_level.csv")
+    chosen = "Stride and length were set for a CPU, after curves of screw and grid were seen."
+    table = shown(table, "average_all")
+    return paragraph(results, "table2_pixel_level", table, "pixel_auroc", chosen)
+
+
+def paragraph(results: Path, name: str, table: pd.DataFrame, metric: str, remark: str = "") -> str:
+    """One metric of a table, methods down, the protocol that it was measured under above it."""
+    grid = (
+        wide(shown(table, "average_all"), metric)
+        .rename(columns=NAMES, index=lambda n: n.replace("_", " "))
+        .T
+    )
+    grid.index.name = f"{metric.replace('_auroc', '')} AUROC, %"
+    protocol = (results / "tables" / f"{name}.md").read_text().splitlines()[0]
     how = "Ours, in brackets the paper's; mean±standard error."
-    return f"{protocol} {chosen}{how}\n\n{markdown(grid)}"
+    return f"{' '.join(filter(None, [protocol, remark, how]))}\n\n{markdown(grid)}"
+
+
+def claims(results: Path) -> str:
+    """How many claims of a profile have which verdict."""
+    table = pd.read_csv(results / "tables" / "claims.csv")
+    counts = table["verdict"].value_counts().reindex(VERDICTS, fill_value=0)
+    grid = pd.DataFrame([counts.astype(str)], index=["quick"])
+    grid.index.name = "profile"
+    return markdown(grid)
 
 
 def minutes(results: Path, notebooks: Path) -> str:
@@ -47,6 +70,8 @@ def filled(root: Path) -> str:
     text, results = (root / "README.md").read_text(), root / "results"
     parts = {
         "table1": table1(results / "quick"),
+        "table2": table2(results / "quick"),
+        "claims": claims(results / "quick"),
         "minutes": minutes(results / "demo", root / "notebooks"),
     }
     for name, part in parts.items():

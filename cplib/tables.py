@@ -77,7 +77,9 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     table = TABLES[name]
     tidy = against_paper(values, name, methods=table.rows, metrics=table.metrics)
     planned = table.planned(workspace)
-    run = next((r for r in planned if r.method == "cutpaste_3way"), None)
+    trained = [r for r in planned if r.method == "cutpaste_3way"]
+    done = [r for r in trained if runs.run_folder(r, workspace.results).exists()]
+    run = next(iter(done + trained), None)
     note = workspace.protocol(run, table.seeds(workspace)) + table.note(workspace, values)
     save_table(tidy, workspace.results, name, note, down=table.down)
     return tidy
@@ -143,7 +145,11 @@ def _painted(workspace: Workspace, values: pd.DataFrame) -> str:
     )
 
 
-def _ablation(name: str, notebook: str, methods: tuple[str, ...]) -> Table:
+def _others(workspace: Workspace) -> str:
+    return str(workspace.seeds or workspace.profile.other_seeds)
+
+
+def _ablation(name: str, notebook: str, methods: tuple[str, ...], **fields) -> Table:
     rows = (*BASELINES, *methods)
     return Table(
         name=name,
@@ -151,6 +157,7 @@ def _ablation(name: str, notebook: str, methods: tuple[str, ...]) -> Table:
         rows=rows,
         planned=lambda w: w.ablation_runs(rows),
         values=lambda w: w.collect(w.ablation_runs(rows)),
+        **fields,
     )
 
 
@@ -188,6 +195,7 @@ TABLES = {
             metrics=IMAGE_METRICS,
             planned=Workspace.runs,
             values=_image_level,
+            note=lambda workspace, values: " Rotation: half the source pictures.",
         ),
         Table(
             name="table2_pixel_level",
@@ -196,6 +204,8 @@ TABLES = {
             metrics=PIXEL_METRICS,
             planned=Workspace.patch_runs,
             values=_pixel_level,
+            seeds=_others,
+            note=lambda w, values: f" GradCAM: of the image-level models. {w.protocol()}",
         ),
         Table(
             name="table3_pretrained_vs_finetuned",
@@ -205,7 +215,7 @@ TABLES = {
             values=_finetuned,
             seeds=lambda w: f"{w.seeds or w.profile.other_seeds}",
         ),
-        _ablation("table4_cutout_variants", "06", CUTOUTS),
+        _ablation("table4_cutout_variants", "06", CUTOUTS, seeds=_others),
         _ablation("table5_binary_vs_3way", "07", BINARY),
         Table(
             name="table6_synthetic_anomalies",

@@ -44,7 +44,7 @@ class Workspace:
         return self.profile.patch_runs(self.categories, self.seeds)
 
     def ablation_runs(self, methods: tuple[str, ...]) -> list[Run]:
-        """The runs of Tables 4 and 5: where a profile names categories for them, only those."""
+        """The runs of Tables 4 to 6: where a profile names categories for them, only those."""
         few = [c for c in self.categories if c in self.profile.ablation]
         return self.profile.runs(methods, few or self.categories, self.seeds)
 
@@ -109,24 +109,35 @@ class Workspace:
         run = run or self.profile.run("cutpaste_3way", self.categories[0])
         others = self.seeds or self.profile.other_seeds
         seeds = seeds or f"{self.seeds or self.profile.seeds} (CutPaste-3way), {others} (others)"
-        if run.patch:
-            seeds = f"{others}. GradCAM: of the image-level models"
         crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
         net = "" if run.backbone == "resnet18" else f"{run.backbone} "
         return (
             f"Profile {self.profile.name}: {run.size} px{crops}, {net}{self._updates(run)} "
-            f"{run.sources} source pictures each; seeds: {seeds}."
+            f"{run.sources} source pictures each; seeds: {seeds}.{self._features(run)}"
         )
+
+    def _features(self, run: Run) -> str:
+        """Which network the ImageNet features beside a run's are of, if it is another one."""
+        other = self.profile.pretrained_backbone
+        return "" if other == run.backbone else f" ImageNet features: {other}'s."
 
     def _updates(self, run: Run) -> str:
         start = "random weights"
         if run.init == "imagenet":
-            file = weights_file(run.backbone, self.weights)
-            start = f"ImageNet weights{f' ({file.name})' if file else ''}"
+            file = self._weights_name(run)
+            start = f"ImageNet weights{f' ({file})' if file else ''}"
             start += ", BatchNorm frozen" if run.freeze_batchnorm else ""
-        head = f"{run.head_updates} updates of the head alone, then " if run.head_updates else ""
+        head = f"{run.head_updates} updates of the head alone at {run.head_learning_rate:g}, then "
+        head = head if run.head_updates else ""
         rate = f"learning rate {run.learning_rate:g}"
         return f"from {start}: {head}{run.updates} updates at {rate},"
+
+    def _weights_name(self, run: Run) -> str:
+        """The file of ImageNet weights that the run started from, or would start from here."""
+        if runs.run_folder(run, self.results).exists():
+            return runs.read(runs.run_folder(run, self.results))[1]["weights"]["file"]
+        file = weights_file(run.backbone, self.weights)
+        return file.name if file else ""
 
 
 def open_workspace(

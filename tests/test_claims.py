@@ -26,7 +26,7 @@ from cplib.features import GROUPS, PAIRS
 from cplib.figures import forest
 from cplib.intervals import LEAST_CATEGORIES, TAIL, coverage, difference, smallest
 from cplib.published import TABLES as PAPER
-from cplib.published import published
+from cplib.published import TEXT, published
 from cplib.runs import run_folder
 from cplib.workspace import ROOT, open_workspace
 
@@ -125,7 +125,7 @@ def test_the_numbers_of_the_papers_text_are_those_of_the_transcription(method, t
     source = ROOT.parent / "shared" / "paper" / "text_numbers.csv"
     if not source.exists():
         pytest.skip("the transcription of the paper's numbers is not at hand")
-    numbers, ours = pd.read_csv(source), pd.read_csv(claims.TEXT)
+    numbers, ours = pd.read_csv(source), pd.read_csv(TEXT)
     (there,) = numbers.loc[numbers["method"].str.startswith(theirs), "mean"]
     (here,) = ours.loc[ours["method"] == method, "published_mean"]
     assert here == there

@@ -193,7 +193,7 @@ def test_the_line_beside_the_table_states_the_studys_own_protocol(tmp_path):
     table = next(iter(AXES_OF))
     compare(workspace, table, TABLES[table].values(workspace))
     line = (tmp_path / "tables" / f"{table}.md").read_text().splitlines()[0]
-    assert "40 updates at learning rate 0.03" in line
+    assert "20 updates at learning rate 0.03" in line
     assert "seeds: 1. Each row changes one setting." in line
 
 
