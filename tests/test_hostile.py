@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from cplib import data, runs
+from cplib import data, layouts, runs
 from cplib.config import Run
 from cplib.data import DataError
 from cplib.detector import RECORD, TENSORS, Detector
@@ -120,7 +120,7 @@ def load(tmp_path, **options):
 
 @pytest.mark.filterwarnings("ignore")
 @quick
-@given(damaged(), st.sampled_from(data.SUFFIXES))
+@given(damaged(), st.sampled_from(layouts.SUFFIXES))
 def test_a_picture_of_any_kind_loads_or_is_named(tmp_path, content, suffix):
     path = category(tmp_path) / f"a{suffix}"
     path.write_bytes(content)
