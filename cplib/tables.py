@@ -77,7 +77,7 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     table = TABLES[name]
     tidy = against_paper(values, name, methods=table.rows, metrics=table.metrics)
     planned = table.planned(workspace)
-    trained = [r for r in planned if r.method == "cutpaste_3way"]
+    trained = sorted(filter(runs.trained, planned), key=lambda r: r.method != "cutpaste_3way")
     done = [r for r in trained if runs.run_folder(r, workspace.results).exists()]
     run = next(iter(done + trained), None)
     note = workspace.protocol(run, table.seeds(workspace)) + table.note(workspace, values)

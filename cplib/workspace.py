@@ -119,7 +119,8 @@ class Workspace:
     def _features(self, run: Run) -> str:
         """Which network the ImageNet features beside a run's are of, if it is another one."""
         other = self.profile.pretrained_backbone
-        return "" if other == run.backbone else f" ImageNet features: {other}'s."
+        own = other == run.backbone or run.backbone != Run.backbone  # Table 3 has its own
+        return "" if own else f" ImageNet features: {other}'s."
 
     def _updates(self, run: Run) -> str:
         start = "random weights"
