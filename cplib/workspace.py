@@ -136,7 +136,8 @@ class Workspace:
     def _weights_name(self, run: Run) -> str:
         """The file of ImageNet weights that the run started from, or would start from here."""
         if runs.run_folder(run, self.results).exists():
-            return runs.read(runs.run_folder(run, self.results))[1]["weights"]["file"]
+            weights = runs.read(runs.run_folder(run, self.results))[1]["weights"]
+            return weights["file"] if weights else ""
         file = weights_file(run.backbone, self.weights)
         return file.name if file else ""
 

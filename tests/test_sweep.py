@@ -429,7 +429,7 @@ def test_a_checkpoint_of_another_run_is_refused(demo_root, half_done):
         ({"run": {"method": "cutpaste", "category": "gear", "moon": 1}}, "unknown field 'moon'"),
         ({"run": {"method": "telepathy", "category": "gear"}}, "unknown method 'telepathy'"),
         ({"run": {"method": "cutpaste", "category": "gear"}}, "the record inside is of"),
-        ({"device": None}, ""),
+        ({"device": None}, "no 'device'"),
         ("device", "no 'device'"),
         ("{", "not a run"),
     ],

@@ -117,6 +117,7 @@ def test_noting_the_auroc_on_the_way_changes_nothing(undisturbed, demo_root, tmp
 
 
 def test_a_run_leaves_the_number_of_threads_as_it_was(demo_root, tmp_path):
+    torch.set_num_threads(1)  # other tests' libraries may have reset it
     execute(UNTRAINED, data_root=demo_root, results=tmp_path, threads=2)
     assert torch.get_num_threads() == 1
 
@@ -499,7 +500,7 @@ def test_a_run_whose_record_cannot_be_written_leaves_no_folder(demo_root, tmp_pa
     def full(path, value):
         raise OSError("no space left")
 
-    monkeypatch.setattr(runs, "_write_json", full)
+    monkeypatch.setattr(runs, "write_json", full)
     with pytest.raises(OSError, match="no space left"):
         execute(UNTRAINED, data_root=demo_root, results=tmp_path)
     assert os.listdir(tmp_path / "runs") == []
