@@ -105,6 +105,21 @@ def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: st
     return [(f"... {name}", 100 * seconds / whole, "%") for name, seconds in shares.items()]
 
 
+def network(run: Run, net: PretextNet, device: str, budget: float) -> list[Row]:
+    """Patches a second of the encoder, in core time, and what its convolutions take of it."""
+    patches = torch.randint(256, (512, 3, run.patch, run.patch), dtype=torch.uint8)
+    rows = []
+    for name, bf16 in (("fp32", False), ("bf16", True)):
+        encode = torch.inference_mode()(localize._encode(net, bf16))
+        spent = seconds_of(lambda encode=encode: encode(patches), device, budget).spent(device)
+        rows.append((f"features in {name}", len(patches) / spent, "patches/s"))
+    with torch.profiler.profile() as profile:
+        encode(patches)
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    own = sum(seconds for name, seconds in spent.items() if "convolution" in name)
+    return [*rows, ("... convolutions in bf16", 100 * own / sum(spent.values()), "%")]
+
+
 def measure(args: argparse.Namespace) -> list[Row]:
     """Every row; memory after our way and before the plain one."""
     run = Run(
@@ -133,6 +148,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         ("... in core time", statistics.median(b.cores / a.cores for a, b in turns), "times"),
         ("difference of the scores", float((mine - theirs).norm() / theirs.norm()), "relative"),
         *rows,
+        *network(run, net, args.device, budget),
     ]
 
 
@@ -140,20 +156,14 @@ def _once(work, device: str, budget: float) -> Seconds:
     return seconds_of(work, device, budget, warm=False, least=1)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The options."""
     parser = options(__doc__)
     parser.add_argument("--patch", type=int, default=64, help="pixels, both sides")
     parser.add_argument("--stride", type=int, default=4, help="between patches")
     parser.add_argument("--pictures", type=int, default=16, help="of each split, at most")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    args = parse(argv)
-    return report(lambda: measure(args), args)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(measure, parse()))

@@ -100,11 +100,11 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines + [f"| {what} | {value:.3g} | {unit} |" for what, value, unit in rows])
 
 
-def report(measure: Callable[[], list[Row]], args: argparse.Namespace) -> int:
+def report(measure: Callable[[argparse.Namespace], list[Row]], args: argparse.Namespace) -> int:
     """Measure, print the table, write the numbers; the exit status."""
     torch.set_num_threads(args.threads)
     try:
-        rows = measure()
+        rows = measure(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -240,20 +240,14 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return [row for part in parts for row in part(run, pixels, args)]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The options."""
     parser = options(__doc__)
     parser.add_argument("--sources", type=int, default=32, help="source pictures a batch")
     parser.add_argument("--workers", type=int, default=cores(), help="of the reference loop")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    args = parse(argv)
-    return report(lambda: measure(args), args)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(measure, parse()))

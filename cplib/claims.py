@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cplib import features
-from cplib.config import CATEGORIES
+from cplib.config import CATEGORIES, SYNTHETIC
 from cplib.figures import NAMES
 from cplib.intervals import LEAST_CATEGORIES, Difference, difference, smallest
 from cplib.published import KEYS, markdown, published
@@ -179,13 +179,7 @@ CLAIMS = (
         sentence="CutPaste-3way detects more than Cutout on synthetic anomalies of every kind.",
         source="Table 6, section 5.3",
         table=SHAPES,
-        pairs=tuple(
-            (f"cutpaste_3way@{shape}", f"cutout@{shape}")
-            for shape in (
-                *("digit_color", "square_color", "ellipse_color", "heart_color"),
-                *("square_natural", "ellipse_natural", "heart_natural"),
-            )
-        ),
+        pairs=tuple((f"cutpaste_3way@{shape}", f"cutout@{shape}") for shape in SYNTHETIC),
     ),
     Claim(
         id="rotation-over-cutpaste-cifar10",

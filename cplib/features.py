@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from cplib import augment, data
 from cplib.config import BASELINES, Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.metrics import image_metrics
+from cplib.metrics import auroc_between
 from cplib.model import PretextNet, embed
 from cplib.records import beside
 from cplib.train import options
@@ -124,15 +124,12 @@ def describe(groups: list, scores: np.ndarray, study: Study) -> dict:
     parts = dict(zip(GROUPS, np.split(np.asarray(scores), cuts), strict=True))
     points = {name: np.split(xy.T, cuts, 1) for name, xy in project(groups, study).items()}
     return {
-        "gaussian_auroc": {g: _auroc(parts["normal"], parts[g]) for g in GROUPS if g != "normal"},
+        "gaussian_auroc": {
+            g: auroc_between(parts["normal"], parts[g]) for g in GROUPS if g != "normal"
+        },
         "pairs": {f"{a} {b}": apart(groups[a], groups[b], study) for a, b in PAIRS},
         **{k: {g: p.tolist() for g, p in zip(GROUPS, v, strict=True)} for k, v in points.items()},
     }
-
-
-def _auroc(good: np.ndarray, bad: np.ndarray) -> float | None:
-    labels = np.repeat([0, 1], [len(good), len(bad)])
-    return image_metrics(labels, np.concatenate([good, bad]))["image_auroc"]
 
 
 def project(groups: dict[str, np.ndarray], study: Study) -> dict[str, np.ndarray]:

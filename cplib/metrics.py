@@ -25,6 +25,12 @@ def image_metrics(labels, scores) -> dict[str, float | None]:
     return dict(zip(IMAGE_METRICS, (100 * float(v) for v in (*values, best)), strict=True))
 
 
+def auroc_between(good, bad) -> float | None:
+    """AUROC, percent, of the scores (N,) of good pictures against those (M,) of bad ones."""
+    labels = np.repeat([0, 1], [len(good), len(bad)])
+    return image_metrics(labels, np.concatenate([good, bad]))["image_auroc"]
+
+
 def f1_max(labels, scores) -> tuple[float, float]:
     """The best F1 (0 to 1) over all thresholds, and the threshold: defective is score >= it."""
     precision, recall, thresholds = precision_recall_curve(labels, scores)

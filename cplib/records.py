@@ -11,7 +11,7 @@ import torch
 from cplib import data
 from cplib.config import SYNTHETIC, Run
 from cplib.localize import gradcam
-from cplib.metrics import image_metrics
+from cplib.metrics import auroc_between, image_metrics
 from cplib.model import PretextNet
 from cplib.runs import load_model, located, run_folder, score, trained, write_json
 from cplib.synthetic import Anomaly, paint
@@ -83,7 +83,7 @@ def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
         painted = [paint(clean, *kind.split("_"), anomaly)[0] for kind in SYNTHETIC if len(clean)]
         scores = score(run, net, train.pixels, torch.cat([clean, *painted]))
         good, *others = scores.split([len(clean), *map(len, painted)])
-        aurocs = [_auroc(good, part) for part in others]
+        aurocs = [auroc_between(good, part) for part in others]
         return {
             "anomaly": asdict(anomaly),
             "clean": len(good),
@@ -92,9 +92,3 @@ def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
         }
 
     return beside(run, anomaly.id, compute, **places)
-
-
-def _auroc(good: torch.Tensor, bad: torch.Tensor) -> float | None:
-    """AUROC, percent, of the scores of good pictures against those of bad ones."""
-    labels = torch.cat([torch.zeros(len(good)), torch.ones(len(bad))])
-    return image_metrics(labels, torch.cat([good, bad]))["image_auroc"]
