@@ -10,7 +10,8 @@ TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("tabl
 AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
 TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the paper's text gives
 KEYS = ["method", "category", "metric"]
-COLUMNS = [*KEYS, "mean", "stderr", "seeds", "published_mean", "published_stderr"]
+PUBLISHED = ["published_mean", "published_stderr"]
+COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
 
 
 def published(table: str) -> pd.DataFrame:
@@ -98,10 +99,11 @@ def against_paper(
     """Our runs beside the paper's table: the contract's tidy columns, in percent.
 
     Every method stands in every category that was measured or published; what was not is empty.
+    A table that the paper lacks has our numbers alone.
     """
     ours = with_averages(summarise(runs[runs["method"].isin(methods)], metrics))
-    paper = published(table)
-    paper = paper[paper["metric"].isin(metrics)]
+    paper = published(table) if table in TABLES else pd.DataFrame(columns=[*KEYS, *PUBLISHED])
+    paper = paper[paper["metric"].isin(metrics)].astype(dict.fromkeys(PUBLISHED, float))
     measured = list(runs["source" if "source" in runs else "category"].unique())
     if not set(measured) & {*TEXTURES, *OBJECTS}:  # the demo set has no published numbers
         paper = paper.iloc[:0]

@@ -4,17 +4,23 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cplib import data
 from cplib.config import SYNTHETIC, Run
+from cplib.density import Gaussian, held_out, l2_normalise
 from cplib.localize import gradcam
 from cplib.metrics import auroc_between, image_metrics
-from cplib.model import PretextNet
-from cplib.runs import load_model, located, run_folder, score, trained, write_json
+from cplib.model import PretextNet, embed
+from cplib.runs import BROKEN, load_model, located, run_folder, score, trained, write_json
 from cplib.synthetic import Anomaly, paint
+
+REGULARISERS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # added to the covariance's diagonal
+FITS = {f"{r:g}": partial(Gaussian.fit, reg_covar=r) for r in REGULARISERS}
+FITS |= {"Ledoit-Wolf": Gaussian.fit_shrunk}
 
 
 def beside(
@@ -29,8 +35,8 @@ def beside(
 ) -> dict | None:
     """What ``compute(run, net, data_root)`` says of a finished run, kept beside it as a record.
 
-    It stands in ``<name>.json`` in the run's folder. None where neither that file nor the model
-    with the pictures is there.
+    It stands in ``<name>.json`` in the run's folder; ValueError where that is no record. None where
+    neither it nor the model with the pictures is there.
     """
     folder = run_folder(run, results)
     record = folder / f"{name}.json"
@@ -42,7 +48,11 @@ def beside(
         part = record.with_suffix(f".{os.getpid()}.tmp")
         write_json(part, compute(run, net, Path(data_root)))
         part.replace(record)
-    return json.loads(record.read_text())
+    try:
+        return dict(json.loads(record.read_text()))
+    except BROKEN as error:
+        reason = " ".join(f"{record}: no record ({error}); remove it to make it again".split())
+        raise ValueError(reason) from error
 
 
 def gradcam_metrics(run: Run, **places) -> dict | None:
@@ -92,3 +102,26 @@ def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
         }
 
     return beside(run, anomaly.id, compute, **places)
+
+
+def density_metrics(run: Run, **places) -> dict | None:
+    """What other covariances would do to an image-level run, kept beside it; else None.
+
+    ``fits`` has an entry for each of FITS, with features scaled to length one and not: its
+    ``image_auroc``, and ``held_out``, the mean negative log density of good training pictures that
+    the fit did not see.
+    """
+
+    def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
+        train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
+        raw = [embed(net, images.pixels) for images in (train, test)]
+        rows = []
+        for l2 in (True, False):
+            z, z_test = map(l2_normalise, raw) if l2 else raw
+            for name, fit in FITS.items():
+                auroc = image_metrics(test.labels, fit(z).score(z_test))["image_auroc"]
+                row = {"covariance": name, "l2_normalise": l2, "image_auroc": auroc}
+                rows.append(row | {"held_out": held_out(z, fit)})
+        return {"fits": rows}
+
+    return beside(run, "density", compute, **places)

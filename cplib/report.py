@@ -55,7 +55,7 @@ def write_report(results: Path, profile: str) -> Path:
     notebooks = [read_notebook(path) for path in sorted(results.glob("notebooks/[0-9]*.ipynb"))]
     for notebook in notebooks:
         write_page(results / "notebooks" / f"{notebook['name']}.ipynb")
-    there = sorted(results.glob("tables/table*.csv"))
+    there = [p for p in sorted(results.glob("tables/*.csv")) if p.stem != "claims"]
     tables = [read_table(path) for path in there]
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
@@ -125,8 +125,9 @@ def heading(source: str) -> tuple[str, str]:
 
 def table_title(name: str) -> str:
     """``table4_cutout_variants`` as "Table 4: cutout variants"."""
-    number, _, rest = name.removeprefix("table").partition("_")
-    return f"Table {number}: {words(rest).replace('3way', '3-way')}"
+    found = re.match(r"table(\d+)_", name)
+    above = f"Table {found[1]}" if found else "Not in the paper"
+    return f"{above}: {words(name[found.end() if found else 0 :]).replace('3way', '3-way')}"
 
 
 def read_table(path: Path) -> dict:

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import sklearn
 import torch
@@ -49,6 +50,7 @@ BROKEN = (
     OverflowError,
     RecursionError,
 )
+SCORES = ["file", "kind", "label", "score"]
 TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
@@ -237,8 +239,10 @@ def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
     """Write a run's folder under a temporary name, then rename it: complete or not there."""
     part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
     try:
-        table = {"file": test.names, "kind": test.kinds, "label": test.labels, "score": scores}
-        pd.DataFrame(table).to_csv(part / "scores.csv", index=False, float_format="%.9g")
+        columns = (test.names, test.kinds, test.labels, scores)
+        pd.DataFrame(dict(zip(SCORES, columns, strict=True))).to_csv(
+            part / "scores.csv", index=False, float_format="%.9g"
+        )
         history.to_csv(part / "history.csv", index=False, float_format="%.6g")
         write_json(part / "metrics.json", metrics)
         write_json(part / "run.json", record)
@@ -290,6 +294,25 @@ def _check(record: dict, metrics: dict) -> None:
             raise ValueError(f"{name!r} is no metric, or its value no number")
 
 
+def read_scores(folder: str | Path) -> pd.DataFrame:
+    """A run's test pictures: file, kind, label (1: defective) and score.
+
+    Raises ValueError for a ``scores.csv`` that is not as ``execute`` writes it.
+    """
+    path = Path(folder) / "scores.csv"
+    try:
+        table = pd.read_csv(path, dtype={"file": str, "kind": str}, keep_default_na=False)
+        numbers = table[["label", "score"]].astype(float)
+        if list(table) != SCORES or not (np.isfinite(numbers).all(axis=None) and len(table)):
+            raise ValueError(f"not {', '.join(SCORES)} in every row")
+        if not set(numbers["label"]) <= {0, 1} or table["file"].duplicated().any():
+            raise ValueError("a label that is not 0 or 1, or a file twice")
+    except BROKEN as error:
+        reason = " ".join(f"{path}: not a run's scores ({error})".split())
+        raise ValueError(reason) from error
+    return table.astype({"label": int, "score": float})
+
+
 def collect(results: str | Path, **where) -> pd.DataFrame:
     """The finished runs in a results folder, a row each: id, fields, metrics, seconds.
 
@@ -322,7 +345,7 @@ def ensemble(results: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     for category, part in table[table["method"] == "cutpaste_3way"].groupby("category"):
         if len(part) < 2:
             continue
-        files = [pd.read_csv(Path(results) / "runs" / id / "scores.csv") for id in part["id"]]
+        files = [read_scores(Path(results) / "runs" / id) for id in part["id"]]
         mean = sum(f.set_index("file")["score"] for f in files) / len(files)
         labels = files[0].set_index("file")["label"].reindex(mean.index)
         row = {"method": "ensemble", "category": category, "seed": 0, "members": len(part)}

@@ -1,6 +1,7 @@
-"""Tables 7 and 8: one setting at a time is changed around a profile's own protocol."""
+"""Tables 7 and 8, and what the paper does not state: one setting at a time is changed."""
 
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,13 +21,15 @@ AXES_OF = {
     "table7_learning_rate_and_epochs": ("learning_rate", "updates"),
     "table8_jitter_and_patch_size": ("patch_jitter", "max_area"),
 }
+UNSTATED = "unstated_choices"  # a table of our own: fields of Run on which the paper is silent
+CHOICES = {UNSTATED: ("head", "translate", "jitter")}
 
 
 class Setting(NamedTuple):
     """A row of Table 7 or 8: where it stands on its axis, and the fields of ``Run`` it changes."""
 
     axis: str
-    x: float  # a multiple of the protocol's own learning rate or length; else the value itself
+    x: float | tuple  # a multiple of the protocol's learning rate or length; else the value itself
     changes: dict
 
 
@@ -47,23 +50,30 @@ def settings(profile: Profile, *axes: str) -> dict[str, Setting]:
     return found
 
 
-def _value(base: Run, axis: str, x: float) -> float:
+def _value(base: Run, axis: str, x: float | tuple) -> float | tuple:
     if axis == "learning_rate":
         return float(f"{x * base.learning_rate:.3g}")
     return round(x * base.updates) if axis == "updates" else x
 
 
-def _name(axis: str, value: float) -> str:
-    epochs = f"{METHOD}[epochs={value / EPOCH:g}]"
-    if axis == "updates" and epochs in set(published("table7_learning_rate_and_epochs")["method"]):
-        return epochs
-    return f"{METHOD}[{axis}={value}]"
+def _name(axis: str, value: float | tuple) -> str:
+    if axis == "updates":
+        epochs = f"{METHOD}[epochs={value / EPOCH:g}]"
+        if epochs in set(published("table7_learning_rate_and_epochs")["method"]):
+            return epochs
+    return f"{METHOD}[{axis}={_text(value) if isinstance(value, tuple) else value}]"
+
+
+def _text(values: tuple) -> str:
+    """(512, 128) as "512-128", many of a kind as "8x512"; no value as "none"."""
+    parts = [(f"{value:g}", len([*same])) for value, same in groupby(values)]
+    return "-".join(f"{n}x{v}" if n > 4 else "-".join([v] * n) for v, n in parts) or "none"
 
 
 def row_names(table: str) -> tuple[str, ...]:
     """Every name of a row that some profile gives to the table, on each axis the paper's first."""
     profiles = sorted(PROFILES.values(), key=lambda p: p.name != "paper")
-    names = [n for axis in AXES_OF[table] for p in profiles for n in settings(p, axis)]
+    names = [n for axis in _axes(table) for p in profiles for n in settings(p, axis)]
     return tuple(dict.fromkeys(names))
 
 
@@ -72,23 +82,30 @@ def runs_by_row(profile: Profile, table: str, categories, seeds=None) -> dict[st
 
     Of the ``categories`` those that the profile names for the study, if any of them is.
     """
-    bases = _bases(profile, categories, seeds)
-    rows = settings(profile, *AXES_OF[table])
+    bases = _bases(profile, table, categories, seeds)
+    rows = settings(profile, *_axes(table))
     return {name: [_changed(base, s.changes) for base in bases] for name, s in rows.items()}
 
 
 def planned(profile: Profile, table: str, categories, seeds=None) -> list[Run]:
     """The runs of a table, each once, first those that change nothing."""
-    bases = _bases(profile, categories, seeds)
+    bases = _bases(profile, table, categories, seeds)
     rows = runs_by_row(profile, table, categories, seeds).values()
     runs = dict.fromkeys(run for row in rows for run in row)
     return sorted(runs, key=lambda run: run not in bases)
 
 
-def _bases(profile: Profile, categories, seeds: int | None) -> list[Run]:
+def _axes(table: str) -> tuple[str, ...]:
+    return (AXES_OF | CHOICES)[table]
+
+
+def _bases(profile: Profile, table: str, categories, seeds: int | None) -> list[Run]:
+    """The unchanged runs; what is ours to choose is measured with as many seeds as Table 1."""
     study = profile.sensitivity
-    few = [c for c in categories if c in study.categories] or categories
-    return profile.runs((METHOD,), few, seeds or study.seeds, **study.protocol)
+    wanted = study.unstated if table in CHOICES else study.categories
+    seeds = seeds or (profile.seeds if table in CHOICES else study.seeds)
+    few = [c for c in categories if c in wanted] or categories
+    return profile.runs((METHOD,), few, seeds, **study.protocol)
 
 
 def _changed(base: Run, changes: dict) -> Run:
@@ -108,20 +125,25 @@ def along(cells: pd.DataFrame, profile: Profile) -> pd.DataFrame:
 
 def ranges(cells: pd.DataFrame, table: str, profile: Profile) -> str:
     """A sentence: how far our means lie apart along each of a table's axes, and the paper's."""
-    paper = along(published(table).query("category == 'average_all'"), PROFILES["paper"])
     parts, categories = [], []
-    for axis in AXES_OF[table]:
+    for axis in _axes(table):
         grid = common(cells, tuple(settings(profile, axis)))
         if grid.shape[1] > 1 and len(grid):
-            theirs = paper.loc[paper["axis"] == axis, "published_mean"]
             categories = list(grid.index)
-            parts.append(f"{AXES[axis]}: {_range(grid.mean())}; the paper's {_range(theirs)}")
+            part = f"{AXES.get(axis, axis)}: {_range(grid.mean())}{_theirs(table, axis)}"
+            parts.append(part[0].upper() + part[1:])
     if not parts:
         return "Too little was measured to say how far the settings lie apart."
-    return (
-        f"Mean image AUROC over {', '.join(categories)}, the paper's over its fifteen categories. "
-        f"{'. '.join(p[0].upper() + p[1:] for p in parts)}."
-    )
+    paper = ", the paper's over its fifteen categories" if table in AXES_OF else ""
+    return f"Mean image AUROC over {', '.join(categories)}{paper}. {'. '.join(parts)}."
+
+
+def _theirs(table: str, axis: str) -> str:
+    """The range of the paper's averages along an axis, where it has that table."""
+    if table not in AXES_OF:
+        return ""
+    paper = along(published(table).query("category == 'average_all'"), PROFILES["paper"])
+    return f"; the paper's {_range(paper.loc[paper['axis'] == axis, 'published_mean'])}"
 
 
 def _range(values: pd.Series) -> str:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture
 
 from cplib import data
-from cplib.density import Gaussian, l2_normalise
+from cplib.density import Gaussian, held_out, l2_normalise
 from cplib.model import PretextNet, embed
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "mvtec256"
@@ -54,6 +56,42 @@ def test_the_density_is_that_of_scikit_learn_on_imagenet_features_of_mvtec():
     train, test = (data.load(REAL, "toothbrush", split, 128).pixels for split in ("train", "test"))
     z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
     _assert_agrees_with_sklearn(z, z_test, 1e-6)
+
+
+def test_the_shrunk_covariance_is_scikit_learns():
+    z, test = _random(20, 30), _random(9, 30, seed=1)
+    theirs = LedoitWolf().fit(z.double().numpy())
+    ours = Gaussian.fit_shrunk(z)
+    torch.testing.assert_close(
+        ours.score(test), torch.from_numpy(theirs.mahalanobis(test.double().numpy()) / 2)
+    )
+
+
+@given(st.integers(1, 4), st.integers(6, 23), st.integers(2, 5))
+@settings(deadline=None, max_examples=20)
+def test_what_is_held_out_is_scored_by_a_fit_without_it(d, n, folds):
+    z, seen = _random(n, d), []
+
+    def fit(part):
+        seen.append(part)
+        return Gaussian.fit(part, reg_covar=0.1)
+
+    found = held_out(z, fit, folds=folds)
+    left = [z[[not (row == part).all(1).any() for row in z]] for part in seen]
+    assert torch.equal(torch.cat(left).sort(0).values, z.sort(0).values)  # each once
+    expected = [
+        -multivariate_normal.logpdf(row, part.mean(0), np.cov(part.T, bias=True) + 0.1 * np.eye(d))
+        for part, rows in zip((p.double().numpy() for p in seen), left, strict=True)
+        for row in rows.double().numpy()
+    ]
+    assert found == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_held_out_features_favour_the_regulariser_they_were_drawn_with():
+    spread = torch.tensor([1.0] * 10 + [0.1] * 190)
+    z = spread * _random(60, 200)
+    found = {r: held_out(z, lambda z, r=r: Gaussian.fit(z, reg_covar=r)) for r in (1e-6, 1e-2, 1)}
+    assert min(found, key=found.get) == 1e-2
 
 
 @given(st.integers(1, 5), st.integers(3, 20), st.integers(0, 99))

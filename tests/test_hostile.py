@@ -27,6 +27,7 @@ from cplib.config import Run
 from cplib.data import DataError
 from cplib.detector import RECORD, TENSORS, Detector
 from cplib.model import _encoder, _load_imagenet
+from cplib.records import density_metrics
 from cplib.runs import collect, run_folder
 
 SOURCES = sorted(Path(data.__file__).parent.glob("*.py"))
@@ -324,6 +325,65 @@ def test_a_record_of_the_next_version_is_left_out(tmp_path, record):
     value = json.loads(record["run.json"]) | {"version": runs.RECORD_VERSION + 1}
     files = record | {"run.json": json.dumps(value).encode()}
     assert len(collected(stored(tmp_path, files))) == 0
+
+
+@quick
+@given(values | st.just({"fits": []}))
+def test_a_record_beside_a_run_is_read_or_named(tmp_path, record, value):
+    results = stored(tmp_path, record | {"density.json": json.dumps(value).encode()})
+    try:
+        expected = dict(value)
+    except (TypeError, ValueError):
+        with one_line(results / "runs" / UNTRAINED.id / "density.json"):
+            density_metrics(UNTRAINED, results=results, data_root=None)
+    else:
+        found = density_metrics(UNTRAINED, results=results, data_root=None)
+        assert json.dumps(found) == json.dumps(json.loads(json.dumps(expected)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 10_000])
+def test_a_damaged_record_beside_a_run_is_named(tmp_path, record, content):
+    results = stored(tmp_path, record | {"density.json": content})
+    with one_line("density.json"):
+        density_metrics(UNTRAINED, results=results, data_root=None)
+
+
+@quick
+@given(st.data())
+def test_damaged_scores_are_read_or_named(tmp_path, record, draws):
+    content = record["scores.csv"]
+    at = draws.draw(st.integers(0, len(content)))
+    some = draws.draw(st.binary(max_size=4) | st.sampled_from([b"\n", b",", b"nan", b'"']))
+    end = draws.draw(st.sampled_from([at, at + len(some), len(content)]))
+    results = stored(tmp_path, record | {"scores.csv": content[:at] + some + content[end:]})
+    folder = results / "runs" / UNTRAINED.id
+    try:
+        table = runs.read_scores(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert list(table) == ["file", "kind", "label", "score"]
+        assert np.isfinite(table["score"]).all()
+        assert set(table["label"]) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "file,kind,label,score\n",
+        "file,kind,label\na.png,good,0\n",
+        "file,kind,label,score\na.png,good,2,0.1\n",
+        "file,kind,label,score\na.png,good,0,nan\n",
+        "file,kind,label,score\na.png,good,0,1\na.png,good,1,1\n",
+        "file,kind,label,score\na.png,good,0,x\n",
+    ],
+)
+def test_scores_that_are_none_are_named(tmp_path, record, content):
+    folder = stored(tmp_path, record | {"scores.csv": content.encode()}) / "runs" / UNTRAINED.id
+    with one_line(folder / "scores.csv"):
+        runs.read_scores(folder)
 
 
 def test_a_folder_that_is_a_file_or_lacks_its_files_is_left_out(tmp_path, record):

@@ -303,6 +303,14 @@ def test_a_baseline_that_the_paper_lacks_has_no_published_number():
     assert rows["mean"].notna().all()
 
 
+def test_a_table_of_our_own_stands_beside_no_published_number():
+    runs = pd.DataFrame([{"method": "a", "category": "screw", "seed": 0, "image_auroc": 80.0}])
+    table = against_paper(runs, "unstated_choices", methods=("a",))
+    assert list(table) == COLUMNS
+    assert table.set_index("category")["mean"].to_dict() == {"screw": 80, "average_measured": 80}
+    assert table[["published_mean", "published_stderr"]].isna().all(axis=None)
+
+
 def test_the_demo_set_stands_beside_no_published_number():
     table = against_paper(made_up(DEMO), T1, methods=METHODS)
     assert table["published_mean"].isna().all()

@@ -15,7 +15,17 @@ from cplib.__main__ import main
 from cplib.config import CATEGORIES, PROFILES, Profile, Run, Sensitivity
 from cplib.published import COLUMNS, published
 from cplib.runs import RECORD_VERSION, run_folder
-from cplib.sensitivity import AXES, AXES_OF, EPOCH, planned, row_names, runs_by_row, settings
+from cplib.sensitivity import (
+    AXES,
+    AXES_OF,
+    CHOICES,
+    EPOCH,
+    UNSTATED,
+    planned,
+    row_names,
+    runs_by_row,
+    settings,
+)
 from cplib.tables import TABLES, all_runs, compare
 from cplib.workspace import open_workspace
 
@@ -150,6 +160,51 @@ def test_rows_of_every_profile_have_their_place_in_the_table(table):
         assert set(settings(profile, *AXES_OF[table])) <= set(names)
     theirs = list(dict.fromkeys(published(table)["method"]))
     assert [n for n in names if n in theirs] == theirs  # in the paper's order
+
+
+# What the paper does not state
+
+
+def test_ours_is_among_the_choices_and_the_runs_are_those_of_table_1():
+    rows = runs_by_row(QUICK, UNSTATED, QUICK.categories)
+    table1 = QUICK.runs(("cutpaste_3way",), ("screw", "transistor"))
+    assert [n for n, runs in rows.items() if runs == table1] == [
+        "cutpaste_3way[head=512-128]",
+        "cutpaste_3way[translate=0.125]",
+        "cutpaste_3way[jitter=0.1-0.1-0.1-0]",
+    ]
+    assert {r.seed for runs in rows.values() for r in runs} == {0, 1}
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)
+def test_every_choice_changes_one_field_and_has_a_name_of_its_own(profile):
+    rows = settings(profile, *CHOICES[UNSTATED])
+    base = profile.run("cutpaste_3way", "screw", **profile.sensitivity.protocol)
+    assert len(rows) == sum(len(getattr(profile.sensitivity, a)) for a in CHOICES[UNSTATED])
+    for setting in rows.values():
+        changed = replace(base, **setting.changes)
+        assert {k for k in asdict(base) if getattr(base, k) != getattr(changed, k)} <= {
+            setting.axis
+        }
+
+
+def test_the_choices_are_measured_where_the_profile_names_categories():
+    assert {r.category for r in planned(PAPER, UNSTATED, CATEGORIES)} == {"screw", "transistor"}
+    assert {r.category for r in planned(PAPER, UNSTATED, ("tile",))} == {"tile"}
+    assert {r.seed for r in planned(QUICK, UNSTATED, ("tile",), 1)} == {0}
+
+
+def test_the_choices_make_a_table_and_a_sentence_without_the_paper(tmp_path):
+    workspace = open_workspace("quick", results=str(tmp_path), categories="screw,transistor")
+    for run in planned(QUICK, UNSTATED, workspace.categories):
+        record(tmp_path, run, 80 + 8 * run.translate)
+    tidy = compare(workspace, UNSTATED, TABLES[UNSTATED].values(workspace))
+    assert list(dict.fromkeys(tidy["method"])) == list(settings(QUICK, *CHOICES[UNSTATED]))
+    assert tidy["published_mean"].isna().all()
+    said = sensitivity.ranges(tidy, UNSTATED, QUICK)
+    assert "Translate: 80.0 to 82.0, 2.0 apart" in said
+    assert "Head: 81.0 to 81.0, 0.0 apart" in said
+    assert "paper" not in said
 
 
 # What the tables say

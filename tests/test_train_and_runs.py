@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cplib import augment, data, runs, sweep, train
+from cplib import augment, data, records, runs, sweep, train
 from cplib.config import BASELINES, CATEGORIES, PROFILES, TRAINED, Run, grid
 from cplib.metrics import image_metrics
 from cplib.runs import collect, execute, run_folder
@@ -430,6 +430,25 @@ def test_metrics_are_those_of_the_scores(undisturbed):
     table = pd.read_csv(folder / "scores.csv")
     expected = image_metrics(table["label"], table["score"])
     assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(expected)
+
+
+def test_other_covariances_are_measured_on_the_same_network(undisturbed, demo_root, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    places = {"results": results, "data_root": demo_root}
+    fits = pd.DataFrame(records.density_metrics(TINY, **places)["fits"])
+    assert len(fits) == 2 * len(records.FITS)
+    own = fits[(fits["covariance"] == "1e-06") & fits["l2_normalise"]]
+    metrics = json.loads((run_folder(TINY, undisturbed) / "metrics.json").read_text())
+    assert own["image_auroc"].item() == pytest.approx(metrics["image_auroc"])
+    other = replace(TINY, reg_covar=1e-3, l2_normalise=False)
+    net = runs.load_model(TINY, results)
+    train, test = (data.load(demo_root, "gear", split, 64) for split in ("train", "test"))
+    expected = image_metrics(test.labels, runs.score(other, net, train.pixels, test.pixels))
+    row = fits[(fits["covariance"] == "0.001") & ~fits["l2_normalise"]]
+    assert row["image_auroc"].item() == pytest.approx(expected["image_auroc"])
+    assert np.isfinite(fits["held_out"]).all()
+    assert records.density_metrics(TINY, results=results, data_root=None)["fits"]  # kept
 
 
 def test_scores_are_those_of_the_model_beside_them(undisturbed, demo_root):
