@@ -27,7 +27,11 @@ set_up() {
     wanted=$(cksum "$list" pyproject.toml | cksum)
     [[ -x $python && "$(cat "$folder/.complete" 2>/dev/null)" == "$wanted" ]] && return
     echo "setting up $folder with $list (once; a few minutes, about 6 GB) ..."
-    [[ -x $python ]] || { found=$(find_python "${@:3}") || exit 2; "$found" -m venv "$folder"; }
+    if ! "$python" -m pip --version >/dev/null 2>&1; then  # not there, or left half made
+        found=$(find_python "${@:3}") || exit 2
+        "$found" -m venv "$folder" >&2 ||
+            die "$found cannot make an environment: on Debian and Ubuntu, install python3-venv"
+    fi
     if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$list" \
         >"$folder/install.log" 2>&1; then
         tail -n 5 "$folder/install.log" >&2

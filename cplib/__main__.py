@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from cplib import download, runs
+from cplib import data, download, runs
 from cplib.readme import filled
 from cplib.sweep import ENGINES
 from cplib.workspace import ROOT, find_device
@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--results", default="", help="where to write (default: results/PROFILE)")
     again = commands.add_parser("rerun", help="repeat a stored run and compare its scores")
     again.add_argument("folder", help="results/PROFILE/runs/RUN_ID")
-    again.add_argument("--data", required=True, help="folder in the MVTec layout")
+    again.add_argument(
+        "--data", dest="data_root", metavar="DATA", required=True, help="folder in the MVTec layout"
+    )
     again.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     again.add_argument("--weights", default=None, help="folder of ImageNet weights")
     fetch = commands.add_parser("download", help="fetch MVTec AD (5.3 GB), or go on with it")
@@ -48,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def rerun(folder: str, data: str, device: str, weights: str | None) -> int:
+def rerun(folder: str, data_root: str, device: str, weights: str | None) -> int:
     """Repeat a run and say whether its scores came out the same."""
-    same, line = runs.rerun(folder, data_root=data, device=device, weights=weights)
+    same, line = runs.rerun(folder, data_root=data_root, device=device, weights=weights)
     print(f"{folder}: {'the same' if same else 'NOT the same'} ({line})")
     return 0 if same else 1
 
@@ -78,12 +80,14 @@ def score(detector: str, folder: str, out: str, device: str) -> int:
 
     if not Path(out).absolute().parent.is_dir():
         raise ValueError(f"no such folder for --out: {Path(out).parent}")
+    if Path(out).is_dir():
+        raise ValueError(f"a folder, not a file, for --out: {out}")
     tool = Detector.load(detector, find_device(device))
     began = time.perf_counter()
     table, problems = score_folder(tool, folder)
     each = 1000 * (time.perf_counter() - began) / len(table)
     table.to_csv(out, index=False, float_format="%.9g")
-    for line in problems:
+    for line in filter(None, [*problems, data.left_out(folder)]):
         print(line, file=sys.stderr)
     flagged = int(table["defective"].sum())
     print(f"pictures: {len(table)}; {each:.1f} ms each; {flagged} at or above the threshold")
@@ -129,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[options.pop("command")]
     try:
         return command(**options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
         return 2
 
 

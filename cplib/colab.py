@@ -1,6 +1,7 @@
 """What the notebooks' first cell does on Colab. Imports nothing that Colab may lack."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ def start(keep: bool) -> None:
     """Make a notebook run here: packages, one category by default, and Drive if asked to keep."""
     install(*requirements())
     os.environ.setdefault("CPLIB_MAX_CATEGORIES", "1")  # minutes, not hours
+    few = os.environ["CPLIB_MAX_CATEGORIES"]
+    print(f"Categories by default: {few}. Name others in the parameters, as in 'brick,gear'.")
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]  # for the processes that train
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     print(keep_on_drive() if keep else "Results are lost when the session ends.")
@@ -74,11 +77,14 @@ def keep_on_drive() -> str:
 
 
 def device() -> str:
-    """The GPU, and how many minutes the defaults take on it where that was measured."""
+    """The GPU, and how many minutes the defaults take on it; where not measured, on a CPU."""
     import torch
 
+    noted = json.loads((ROOT / "results" / "demo" / "minutes.json").read_text())
+    slow = f"all notebooks with all categories took {sum(noted.values()):.0f} minutes on two cores"
     if not torch.cuda.is_available():
-        return "No GPU: choose one under Runtime > Change runtime type, or wait longer."
+        return f"No GPU: choose one under Runtime > Change runtime type; without one {slow}."
     name = torch.cuda.get_device_name(0)
-    took = f"; all notebooks took {MINUTES[name]:.0f} minutes on one" if name in MINUTES else ""
-    return f"GPU: {name}{took}."
+    if name in MINUTES:
+        return f"GPU: {name}; all notebooks took {MINUTES[name]:.0f} minutes on one."
+    return f"GPU: {name}; not timed on one yet, without one {slow}."

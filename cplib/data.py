@@ -70,17 +70,23 @@ def load(
 
 def pictures(folder: str | Path) -> list[Path]:
     """The files below `folder` named as a format that PIL reads, sorted; DataError if none is."""
-    formats = _formats()
-    suffixes = {end for end, name in Image.registered_extensions().items() if name in formats}
-    with naming(Path(folder), "a folder of pictures"):
-        if not Path(folder).is_dir():
+    folder = Path(folder).expanduser()
+    with naming(folder, "a folder of pictures"):
+        if not folder.is_dir():
             raise NotADirectoryError("no such folder")
-        found = [path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes]
-        found = [path for path in found if not path.is_dir() and not _hidden(path, folder)]
+        found = [path for path in _files(folder) if path.suffix.lower() in _suffixes()]
         if not found:
             raise FileNotFoundError("no pictures in this folder")
     check_names(found)
     return sorted(found, key=lambda path: path.as_posix())
+
+
+def left_out(folder: str | Path) -> str:
+    """A line on the files below `folder` that `pictures` leaves out by their names, or ""."""
+    suffixes = (path.suffix.lower() for path in _files(Path(folder).expanduser()))
+    ends = [suffix for suffix in suffixes if suffix not in _suffixes()]
+    kinds = ", ".join(sorted({end or "no ending" for end in ends}))
+    return f"{folder}: {len(ends)} files of other kinds left out ({kinds})" if ends else ""
 
 
 def read(
@@ -152,6 +158,15 @@ def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: boo
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(sorted(set(Image.OPEN) - NO_PICTURES))
+
+
+def _suffixes() -> set[str]:
+    formats = _formats()
+    return {end for end, name in Image.registered_extensions().items() if name in formats}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if not p.is_dir() and not _hidden(p, folder)]
 
 
 def _hidden(path: Path, folder: str | Path) -> bool:

@@ -1,5 +1,6 @@
 """A model as a tool: fitted to a person's own good pictures, saved, loaded, scoring new ones."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,8 +23,10 @@ from cplib.metrics import f1_max
 from cplib.model import PretextNet, embed
 from cplib.runs import BROKEN, heat_maps, trained
 
-VERSION = 1  # of what is saved
+VERSION = 2  # of what is saved
 TENSORS, RECORD = "detector.safetensors", "detector.json"
+GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is pictured
+LARGEST = 4096  # pixels a side: a record cannot ask for all the memory
 CHUNK = 32  # pictures whose pixels and features are in memory at once while scoring
 Pictures = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
@@ -36,6 +39,7 @@ class Detector:
     picture's score is that of its worst patch.
     ``good`` (N,) are the cross-validated scores of the good pictures it was fitted to, ``bad``
     (M,) those of the defective ones that helped to choose the threshold, ``chosen`` says how.
+    ``pictures`` is a SHA-256 of the good ones' pixels.
     """
 
     run: Run
@@ -45,6 +49,7 @@ class Detector:
     chosen: str
     good: Tensor
     bad: Tensor
+    pictures: str = ""
 
     def __post_init__(self):
         """One memory layout and mode, so that scores are the same before saving and after."""
@@ -70,9 +75,10 @@ class Detector:
         cross-validated. Their features are all in memory: N x patches x D x 4 bytes. Raises
         ValueError for pictures that cannot be read (DataError, a line each) or too few of them.
         """
-        # Fixed, since another machine's choice of bf16 would shift the features.
-        run = replace(run, precision="bf16" if train.uses_bf16(run, device) else "fp32")
+        run = _fixed(run, device)
         good, bad = as_pixels(run, good), as_pixels(run, bad)
+        if len(good) < 2:
+            raise ValueError(f"a detector needs two good pictures at least, not {len(good)}")
         if net is None and trained(run):
             net, _ = train.fit(run, good, device, weights=weights)
         net = (net or train.build(run, weights)).to(device, memory_format=torch.channels_last)
@@ -81,7 +87,38 @@ class Detector:
         gaussian = fit_gaussian(run, z)
         defective = place_scores(run, net, gaussian, bad).amax(1)
         threshold, chosen = choose_threshold(normal, defective, quantile)
-        return cls(run, net, gaussian, threshold, chosen, normal, defective)
+        return cls(run, net, gaussian, threshold, chosen, normal, defective, _digest(good))
+
+    @classmethod
+    def fit_in(
+        cls,
+        folder: str | Path,
+        run: Run,
+        good: Pictures,
+        bad: Pictures = (),
+        *,
+        net: PretextNet | None = None,
+        deadline: float | None = None,
+        device: str | torch.device = "cpu",
+        weights: str | Path | None = None,
+        **options,
+    ) -> "Detector":
+        """As ``fit``, then saved in ``folder``, where training that was cut off is gone on with.
+
+        Past ``deadline`` (seconds since the epoch) that is OutOfTime. The network of a detector
+        that lies there of the same run and good pictures is taken, not trained again.
+        """
+        run, folder = _fixed(run, device), Path(folder)
+        good = as_pixels(run, good)
+        part = folder / f".{run.id}-{_digest(good)[:8]}.safetensors"
+        net = net or _network(folder, run, good)
+        if net is None and trained(run) and len(good) > 1:
+            limits = {"checkpoint": part, "deadline": deadline, "weights": weights}
+            net, _ = train.fit(run, good, device, **limits)
+        detector = cls.fit(run, good, bad, net=net, device=device, weights=weights, **options)
+        detector.save(folder)
+        part.unlink(missing_ok=True)
+        return detector
 
     def score(self, pictures: Pictures) -> Tensor:
         """Anomaly scores (N,) in float64; DataError has a line for each file that is no picture."""
@@ -115,7 +152,8 @@ class Detector:
                 tensors, record = Path(part) / TENSORS, Path(part) / RECORD
                 save_file(self._tensors(), tensors)
                 record.write_text(json.dumps(self._record(tensors.read_bytes()), indent=1) + "\n")
-                tensors.chmod(record.stat().st_mode)  # safetensors' own lets nobody else read it
+                with contextlib.suppress(OSError):  # some shared drives know no modes
+                    tensors.chmod(record.stat().st_mode)  # safetensors' own: nobody else reads it
                 tensors.replace(folder / TENSORS)
                 record.replace(folder / RECORD)
         except (OSError, SafetensorError) as error:
@@ -133,7 +171,7 @@ class Detector:
             "run": asdict(self.run),
             "threshold": self.threshold,
             "chosen": self.chosen,
-            "data": {"good": len(self.good), "bad": len(self.bad)},
+            "data": {"good": len(self.good), "bad": len(self.bad), "sha256": self.pictures},
             "sha256": hashlib.sha256(tensors).hexdigest(),
         }
 
@@ -152,9 +190,35 @@ class Detector:
         # Copies: the last digits of matrix products depend on where in memory a matrix begins.
         parts = {k: v.clone().to(device) for k, v in tensors.items() if not k.startswith("net.")}
         scores = parts.pop("good").cpu(), parts.pop("bad").cpu()
-        few = {"reg_covar": run.reg_covar} if by_place(run) else {}
+        few = {"reg_covar": run.reg_covar} if "centred" in parts else {}
         gaussian = (FewGaussians if few else Gaussian)(**parts, **few)
-        return cls(run, net.to(device), gaussian, record["threshold"], record["chosen"], *scores)
+        chosen = record["threshold"], record["chosen"]
+        return cls(run, net.to(device), gaussian, *chosen, *scores, record["data"]["sha256"])
+
+
+def name_of(folder: str | Path) -> str:
+    """What a folder of good pictures is of: ``gear`` for ``.../gear/train/good``."""
+    parts = Path(folder).expanduser().resolve().parts[1:]
+    return next((part for part in reversed(parts) if part.lower() not in GENERAL), "own")
+
+
+def _fixed(run: Run, device: str | torch.device) -> Run:
+    """With the precision said: another machine's choice of bf16 would shift the features."""
+    return replace(run, precision="bf16" if train.uses_bf16(run, device) else "fp32")
+
+
+def _digest(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+
+
+def _network(folder: Path, run: Run, good: Tensor) -> PretextNet | None:
+    """The network of the detector in a folder, if the same run trained it on the same pictures."""
+    try:
+        there = Detector.load(folder)
+    except ValueError:
+        return None
+    same = trained(run) and there.run == run and there.pictures == _digest(good)
+    return there.net if same else None
 
 
 def by_place(run: Run) -> bool:
@@ -197,7 +261,7 @@ def place_scores(run: Run, net: PretextNet, gaussian: Gaussian, pixels: Tensor) 
 
 def _scores(gaussian: Gaussian | FewGaussians, z: Tensor) -> Tensor:
     """Scores (N, P), on the CPU, of features z (N, P, D)."""
-    if isinstance(gaussian, FewGaussians):
+    if gaussian.mean.ndim > 1:  # one for each place
         return gaussian.score(z.transpose(0, 1)).T.cpu()
     return torch.stack([gaussian.score(places) for places in z]).cpu()  # one at a time: memory
 
@@ -205,9 +269,15 @@ def _scores(gaussian: Gaussian | FewGaussians, z: Tensor) -> Tensor:
 def fit_gaussian(run: Run, z: Tensor) -> Gaussian | FewGaussians:
     """What the run's scores come from, fitted to features z (N, P, D)."""
     if by_place(run):
-        return FewGaussians.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
+        kind = FewGaussians if _few(len(z), z.shape[-1]) else Gaussian
+        return kind.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
     gaussian = Gaussian.fit_stream(z, reg_covar=run.reg_covar)
     return Gaussian(gaussian.mean, gaussian.factor.contiguous())  # as it is when loaded
+
+
+def _few(n: int, width: int) -> bool:
+    """Whether the samples of a place take less memory than its covariance."""
+    return n < width
 
 
 def cross_validated(run: Run, z: Tensor, *, folds: int | None = None) -> Tensor:
@@ -290,6 +360,10 @@ def _checked(record: dict, raw: bytes) -> tuple[Run, dict[str, Tensor]]:
     if hashlib.sha256(raw).hexdigest() != record["sha256"]:
         raise ValueError(f"{TENSORS} is damaged, or of another detector: its sha256 differs")
     run = Run.from_dict(record["run"])
+    if run.size > LARGEST:
+        raise ValueError(f"pictures of {run.size} pixels; at most {LARGEST}")
+    if not isinstance(record["data"]["sha256"], str):
+        raise ValueError("no hash of the pictures")
     threshold, chosen = record["threshold"], record["chosen"]
     if type(threshold) is not float or not isinstance(chosen, str):
         raise ValueError("the threshold must be a number, and how it was chosen a sentence")
@@ -314,8 +388,10 @@ def _expected(run: Run, counts: dict) -> dict[str, Tensor]:
     if by_place(run):
         if not run.reg_covar > 0:
             raise ValueError(f"reg_covar is {run.reg_covar}")
-        shapes |= {"mean": (places, width), "factor": (places, n, n)}
-        few = {"centred": torch.empty(places, n, width, device="meta")}
+        side = n if _few(n, width) else width
+        shapes |= {"mean": (places, width), "factor": (places, side, side)}
+        if _few(n, width):
+            few = {"centred": torch.empty(places, n, width, device="meta")}
     other = {k: torch.empty(s, dtype=torch.float64, device="meta") for k, s in shapes.items()}
     return {f"net.{k}": v for k, v in net.state_dict().items()} | other | few
 

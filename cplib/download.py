@@ -1,5 +1,6 @@
 """MVTec AD from its archive: fetched with resumption, checked, unpacked whole or not at all."""
 
+import errno
 import hashlib
 import http.client
 import lzma
@@ -82,7 +83,8 @@ def _prepare(folder: Path, part: Path, archive: Archive, accept_licence: bool) -
             folder.rmdir()  # unpacked beside it, then renamed
         free = shutil.disk_usage(folder.parent).free + (part.stat().st_size if part.exists() else 0)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; expected a folder to be made") from None
+        expected = f"a folder to be made, such as {folder / 'mvtec'}"
+        raise DataError(f"{folder}: {error.strerror}; expected {expected}") from None
     if free < 2 * archive.gigabytes * 1e9:
         need = f"{2 * archive.gigabytes:.1f} GB: half for the archive until it is unpacked"
         raise DataError(f"{folder.parent}: {free / 1e9:.1f} GB free; expected {need}")
@@ -94,7 +96,8 @@ def _ask(licence: str) -> None:
     except (EOFError, RuntimeError):  # no keyboard; a notebook without one raises RuntimeError
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        raise DataError(f"licence not accepted: {licence}; expected yes, or --accept-licence")
+        expected = "yes, or --accept-licence on the command line"
+        raise DataError(f"licence not accepted: {licence}; expected {expected}")
 
 
 def fetch(archive: Archive, part: Path) -> None:
@@ -113,15 +116,13 @@ def fetch(archive: Archive, part: Path) -> None:
                 if error.code < 500 and error.code != 429:
                     break
             except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise DataError(f"{part}: no space left; expected more to go on") from None
                 reason = str(getattr(error, "reason", None) or error or type(error).__name__)
             have = part.stat().st_size
             best, failures = (have, 0) if have > best else (best, failures + 1)
             time.sleep(archive.pause * 2**failures if failures < archive.attempts else 0)
-    folder = part.name.removesuffix(".tar.xz.part")
-    raise DataError(
-        f"{archive.address}: {' '.join(reason.split())}; try again, or download by hand from "
-        f"{archive.page} and unpack into a folder such as {part.parent / folder}: {LAYOUT}"
-    )
+    raise DataError(f"{archive.address}: {' '.join(reason.split())}; {_by_hand(archive, part)}")
 
 
 def _receive(archive: Archive, part: Path, bar: tqdm) -> None:
@@ -162,8 +163,16 @@ def check(archive: Archive, part: Path) -> None:
         part.unlink()
         raise DataError(
             f"{archive.address}: {size} bytes with SHA-256 {found}; expected {archive.sha256}. "
-            f"Removed; try again, or download by hand from {archive.page}"
+            f"Removed; {_by_hand(archive, part)}"
         )
+
+
+def _by_hand(archive: Archive, part: Path) -> str:
+    folder = part.with_name(part.name.removesuffix(".tar.xz.part"))
+    return (
+        f"try again, or download by hand from {archive.page} and unpack into a folder such as "
+        f"{folder}: {LAYOUT}"
+    )
 
 
 def unpack(part: Path, folder: Path) -> None:

@@ -251,7 +251,8 @@ def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
             save_file(state, part / "model.safetensors")
         if maps is not None:
             save_file({"maps": maps.contiguous()}, part / "maps.safetensors")
-        part.chmod(0o755)
+        with contextlib.suppress(OSError):  # some shared drives know no modes
+            part.chmod(0o755)
         os.rename(part, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {folder}: {error}") from error

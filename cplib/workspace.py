@@ -168,7 +168,7 @@ def open_workspace(
         raise UsageError(f"the number of seeds cannot be negative: {seeds}")
     chosen = PROFILES[profile]
     home = Path(os.environ.get("CPLIB_RESULTS") or ROOT / "results")
-    folder = Path(results) if results else home / profile
+    folder = (Path(results) if results else home / profile).expanduser()
     root = _data(chosen, data_root, say)
     weights = weights or os.environ.get("CPLIB_WEIGHTS", "")
     if weights and not Path(weights).expanduser().is_dir():

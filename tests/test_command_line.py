@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,41 @@ def test_the_script_exits_with_2_and_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: unknown profile 'nonsense': one of smoke, demo, quick, paper\n"
+
+
+FAKE_PYTHON = """#!/bin/bash
+if [[ "$1 $2" == "-m venv" ]]; then
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+    [[ -e lacks-venv ]] && exit 1
+    touch "$3/has-pip"
+elif [[ "$1 $2" == "-m pip" ]]; then
+    [[ -e .venv/has-pip ]]
+elif [[ "$1 $2" == "-m cplib" ]]; then
+    echo "ran $3"
+fi
+"""
+
+
+def test_an_environment_that_was_left_half_made_is_made_the_next_time(tmp_path):
+    """As where Debian's python3-venv is missing at first."""
+    for name in ("run_all.sh", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    (tmp_path / "lacks-venv").touch()
+    environment = {"PATH": f"{fake.parent}:/usr/bin:/bin"}
+    options = {"capture_output": True, "text": True, "env": environment, "check": False}
+    done = subprocess.run(["bash", str(tmp_path / "run_all.sh")], **options)
+    assert done.returncode == 2
+    assert "install python3-venv" in done.stderr
+    (tmp_path / "lacks-venv").unlink()
+    for _ in range(2):
+        done = subprocess.run(["bash", str(tmp_path / "run_all.sh")], **options)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "ran notebooks"
+    assert len(done.stdout.splitlines()) == 1  # nothing is set up again
 
 
 # What options mean

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,7 +29,10 @@ from cplib.detector import (
     choose_threshold,
     cross_validated,
     fit_gaussian,
+    name_of,
 )
+from cplib.notebooks import NOTEBOOKS, run_one
+from cplib.workspace import open_workspace
 
 IMAGE = Run(method="cutpaste_3way", category="parts", dataset="own", size=64, updates=1, sources=2)
 PATCH = replace(IMAGE, patch=32, stride=16)
@@ -145,8 +149,80 @@ def test_every_file_that_is_no_picture_has_its_line(demo_root, tmp_path):
 
 
 def test_one_picture_is_too_few(pixels, nets):
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(ValueError, match="two good pictures at least, not 1"):
         Detector.fit(IMAGE, pixels[0][:1], net=nets["image"])
+    with pytest.raises(ValueError, match="cross-validation needs two pictures"):
+        cross_validated(IMAGE, torch.zeros(1, 1, 4))
+
+
+def test_few_pictures_are_refused_before_anything_is_trained(pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", None)  # called, it would be a TypeError
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f"not {n}"):
+            Detector.fit_in(tmp_path, IMAGE, pixels[0][:n])
+
+
+# Fitted in a folder
+
+
+def test_what_was_trained_on_the_same_pictures_is_not_trained_again(pixels, tmp_path, monkeypatch):
+    first = Detector.fit_in(tmp_path, IMAGE, pixels[0])
+    assert torch.equal(Detector.load(tmp_path).score(pixels[1]), first.score(pixels[1]))
+    calls, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **k: calls.append(a) or fit(*a, **k))
+    again = Detector.fit_in(tmp_path, IMAGE, *pixels, quantile=0.9)
+    assert not calls
+    assert torch.equal(again.good, first.good)
+    assert len(Detector.load(tmp_path).bad) == len(pixels[1])  # what is saved is the newest
+    Detector.fit_in(tmp_path, IMAGE, pixels[0][1:])
+    Detector.fit_in(tmp_path, replace(IMAGE, learning_rate=0.01), pixels[0][1:])
+    assert len(calls) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, TENSORS]
+
+
+def test_a_training_that_was_cut_off_is_gone_on_with(pixels, tmp_path):
+    run = replace(IMAGE, updates=3, precision="fp32")
+    with pytest.raises(train.OutOfTime, match="1 of 3 updates"):
+        Detector.fit_in(tmp_path, run, pixels[0], deadline=0)
+    other = pixels[0][:5]
+    with pytest.raises(train.OutOfTime, match="1 of 3 updates"):  # not those pictures' training
+        Detector.fit_in(tmp_path, run, other, deadline=0)
+    with pytest.raises(train.OutOfTime, match="2 of 3 updates"):
+        Detector.fit_in(tmp_path, run, pixels[0], deadline=0)
+    found = Detector.fit_in(tmp_path, run, pixels[0], deadline=0)
+    assert torch.equal(found.good, Detector.fit(run, pixels[0]).good)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/a/gear/train/good", "gear"),
+        ("/a/partA/ok", "partA"),
+        ("/a/partB/Good/", "partB"),
+        ("/pictures of nuts", "pictures of nuts"),
+        ("/good", "own"),
+        ("/", "own"),
+    ],
+)
+def test_a_detector_is_named_by_what_is_pictured(folder, name):
+    assert name_of(folder) == name
+
+
+def test_many_pictures_of_each_place_are_kept_as_covariances(tmp_path, pixels, nets):
+    """Which takes less memory; the scores are the same."""
+    z = torch.randn(9, 4, 8, generator=torch.Generator().manual_seed(0))
+    new = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
+    gaussian, few = fit_gaussian(PLACES, z), FewGaussians.fit(z.transpose(0, 1))
+    assert isinstance(gaussian, Gaussian)
+    assert isinstance(fit_gaussian(PLACES, z[:7]), FewGaussians)
+    expected = few.score(new.transpose(0, 1))
+    torch.testing.assert_close(gaussian.score(new.transpose(0, 1)), expected, rtol=1e-4, atol=0)
+    run, many = replace(PLACES, stride=32), pixels[0][torch.arange(520) % len(pixels[0])]
+    fitted = Detector.fit(run, many, net=nets["patch"], folds=2)
+    assert isinstance(fitted.gaussian, Gaussian)
+    fitted.save(tmp_path / "many")
+    again = Detector.load(tmp_path / "many")
+    assert torch.equal(again.score(pixels[1]), fitted.score(pixels[1]))
 
 
 # The Gaussian, cross-validated
@@ -275,15 +351,19 @@ def in_run(**fields):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (changed(version=2), "version 2, not 1"),
+        (changed(version=3), "version 3, not 2"),
+        (in_run(size=30_000), "at most 4096"),
+        (changed(data={"good": 64, "bad": 0, "sha256": 1}), "hash of the pictures"),
+        (changed(data={"good": 64, "bad": 0}), "'sha256'"),
         (changed(threshold="high"), "threshold"),
         (changed(threshold=float("nan")), "not finite"),
         (changed(threshold=float("inf")), "not finite"),
         (changed(chosen=3), "threshold"),
-        (changed(data={}), "'good'"),
-        (changed(data={"good": 9, "bad": 0}), "'good'"),
-        (changed(data={"good": -1, "bad": 0}), ""),
-        (changed(data={"good": 10**30, "bad": 0}), ""),
+        (changed(data={}), "'sha256'"),
+        (changed(data={"sha256": ""}), "'good'"),
+        (changed(data={"good": 9, "bad": 0, "sha256": ""}), "'good'"),
+        (changed(data={"good": -1, "bad": 0, "sha256": ""}), ""),
+        (changed(data={"good": 10**30, "bad": 0, "sha256": ""}), ""),
         (changed(sha256="0" * 64), "sha256"),
         (changed(run=[]), ""),
         (in_run(colour=1), "'colour'"),
@@ -454,8 +534,9 @@ def scored(saved, folder, out, *more):
 def test_a_folder_is_scored_and_the_broken_picture_named(saved, mixed, tmp_path, capsys):
     assert scored(saved, mixed, tmp_path / "scores.csv") == 1
     told = capsys.readouterr()
-    assert len(told.err.splitlines()) == 1
-    assert told.err.startswith(f"{mixed / 'broken.png'}: ")
+    broken, others = told.err.splitlines()
+    assert broken.startswith(f"{mixed / 'broken.png'}: ")
+    assert others == f"{mixed}: 1 files of other kinds left out (.txt)"
     table = pd.read_csv(tmp_path / "scores.csv").set_index("file")
     assert list(table) == ["score", "threshold", "defective"]
     assert list(table.index) == [
@@ -502,3 +583,60 @@ def test_what_is_asked_for_wrongly_is_one_line_and_exit_2(saved, mixed, tmp_path
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "nowhere" in lines[0]
+
+
+def test_a_folder_is_no_file_to_write_to(saved, mixed, tmp_path, capsys):
+    assert scored(saved, mixed, tmp_path) == 2
+    assert "a folder, not a file" in capsys.readouterr().err
+
+
+# Notebook 12 on a person's own folders
+
+
+def own_images(demo_root, tmp_path, **parameters):
+    """Execute the notebook; whether it ran, and what it said."""
+    results = tmp_path / "results"
+    workspace = open_workspace("smoke", data_root=str(demo_root), results=str(results))
+    parameters |= {"profile": "smoke", "data": str(demo_root), "results": str(results)}
+    ran = run_one(NOTEBOOKS / "12_your_own_images.ipynb", workspace, parameters)
+    cells = nbformat.read(results / "notebooks" / "12_your_own_images.ipynb", 4).cells
+    return ran, "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
+
+
+def test_own_good_bad_and_new_pictures_make_a_detector(demo_root, tmp_path):
+    gear = demo_root / "gear"
+    (tmp_path / "partA").mkdir()
+    good = shutil.copytree(gear / "train" / "good", tmp_path / "partA" / "ok")
+    (good / "broken.png").write_bytes(b"no picture")
+    (good / "phone.heic").write_bytes(b"no format of ours")
+    bad = next(path for path in (gear / "test").iterdir() if path.name != "good")
+    folders = {"good": good, "bad": bad, "new": gear / "test"}
+    ran, said = own_images(demo_root, tmp_path, **{k: str(v) for k, v in folders.items()})
+    assert ran
+    assert f"{good / 'broken.png'}: " in said
+    assert "1 files of other kinds left out (.heic)" in said
+    assert "2 updates at learning rate" in said  # of the model that is fitted
+    detector = Detector.load(tmp_path / "results" / "detectors" / "partA")
+    assert detector.run.dataset == "own"
+    assert "F1-max" in detector.chosen
+    table = pd.read_csv(tmp_path / "results" / "detectors" / "partA" / "scores.csv")
+    assert len(table) == len(data.pictures(gear / "test"))
+    assert table["file"].str.startswith("test/").all()
+    assert table["score"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"bad": "nowhere"}, "name that folder, too"),
+        ({"method": "imagenet"}, "unknown method 'imagenet'"),
+        ({"good": "nowhere"}, "no such folder"),
+        ({"good": "broken"}, "not one picture could be read"),
+    ],
+)
+def test_what_is_wrong_with_own_pictures_is_said(demo_root, tmp_path, capsys, parameters, reason):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"")
+    paths = {k: v if k == "method" else str(tmp_path / v) for k, v in parameters.items()}
+    assert not own_images(demo_root, tmp_path, **paths)[0]
+    assert reason in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The download of MVTec AD, against a server on this machine that misbehaves in every way."""
 
+import errno
 import hashlib
 import io
 import socket
@@ -8,6 +9,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -267,9 +269,18 @@ def test_another_file_behind_a_broken_one_is_found_by_the_hash(server, archive, 
 def test_a_wrong_file_is_refused_and_removed(server, archive, tmp_path):
     server.content = b"<html>sign in</html>"
     line = refusal(archive, tmp_path)
-    assert "20 bytes with SHA-256" in line
-    assert archive.page in line
+    for part in ("20 bytes with SHA-256", archive.page, "<category>/{train/good"):
+        assert part in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_not_the_servers_fault(server, archive, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(module, "_receive", Mock(side_effect=full))
+    line = refusal(archive, tmp_path)
+    assert "no space left" in line
+    assert archive.page not in line
+    assert module._receive.call_count == 1
 
 
 # An address that is gone

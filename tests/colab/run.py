@@ -58,6 +58,9 @@ def main(only: str = "") -> int:
     """Run the notebooks, a line each."""
     paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     paths = [path for path in paths if not only or path.name[:2] in only.split(",")]
+    if not paths:
+        print(f"error: no notebook {only}", file=sys.stderr)
+        return 2
     content = Path(tempfile.mkdtemp(prefix="cplib-colab-"))
     os.environ |= {"PYTHONPATH": str(HERE), "TQDM_MININTERVAL": "5"}
     os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
