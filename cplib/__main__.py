@@ -86,8 +86,9 @@ def score(detector: str, folder: str, out: str, device: str) -> int:
     began = time.perf_counter()
     table, problems = score_folder(tool, folder)
     each = 1000 * (time.perf_counter() - began) / len(table)
+    others = data.left_out(folder)  # before the CSV may be one of them
     table.to_csv(out, index=False, float_format="%.9g")
-    for line in filter(None, [*problems, data.left_out(folder)]):
+    for line in filter(None, [*problems, others]):
         print(line, file=sys.stderr)
     flagged = int(table["defective"].sum())
     print(f"pictures: {len(table)}; {each:.1f} ms each; {flagged} at or above the threshold")
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(**options)
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
 
 

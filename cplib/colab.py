@@ -23,7 +23,7 @@ def start(keep: bool) -> None:
     install(*requirements())
     os.environ.setdefault("CPLIB_MAX_CATEGORIES", "1")  # minutes, not hours
     few = os.environ["CPLIB_MAX_CATEGORIES"]
-    print(f"Categories by default: {few}. Name others in the parameters, as in 'brick,gear'.")
+    print(f"Categories by default: {few}. The parameter categories names more, with commas.")
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]  # for the processes that train
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     print(keep_on_drive() if keep else "Results are lost when the session ends.")
@@ -80,11 +80,13 @@ def device() -> str:
     """The GPU, and how many minutes the defaults take on it; where not measured, on a CPU."""
     import torch
 
-    noted = json.loads((ROOT / "results" / "demo" / "minutes.json").read_text())
-    slow = f"all notebooks with all categories took {sum(noted.values()):.0f} minutes on two cores"
-    if not torch.cuda.is_available():
-        return f"No GPU: choose one under Runtime > Change runtime type; without one {slow}."
-    name = torch.cuda.get_device_name(0)
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     if name in MINUTES:
         return f"GPU: {name}; all notebooks took {MINUTES[name]:.0f} minutes on one."
-    return f"GPU: {name}; not timed on one yet, without one {slow}."
+    file = ROOT / "results" / "demo" / "minutes.json"
+    noted = json.loads(file.read_text()) if file.exists() else {}
+    slow = f"without one all notebooks took {sum(noted.values()):.0f} minutes on two cores, "
+    slow += "with all four categories"
+    if not name:
+        return f"No GPU: choose one under Runtime > Change runtime type; {slow}."
+    return f"GPU: {name}; not timed on one yet, {slow}."

@@ -58,6 +58,16 @@ LEAST = {"size": 8, "sources": 1, "stride": 1} | dict.fromkeys(
 )
 
 
+def named(name: str, values) -> str:
+    """The name and a short hash of the dataclass's fields that differ from their defaults, if any.
+
+    A field that is added later, with the old behaviour as its default, leaves names as they are.
+    """
+    changed = {k: v for k, v in asdict(values).items() if v != getattr(type(values), k, None)}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+    return f"{name}-{digest[:8]}" if changed else name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One experiment, whole. The defaults are the paper's protocol and never change their meaning.
@@ -126,13 +136,8 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Readable slug and a short hash of every field that differs from its default.
-
-        A field that is added later, with the old behaviour as its default, leaves ids as they are.
-        """
-        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-        return f"{self.method}-{self.category}-seed{self.seed}-{digest[:8]}"
+        """Readable slug and a short hash of every field that differs from its default."""
+        return named(f"{self.method}-{self.category}-seed{self.seed}", self)
 
     @property
     def per_position(self) -> bool:
@@ -165,7 +170,7 @@ def grid(**axes) -> list[Run]:
 class Sensitivity:
     """Where and around what one setting at a time is changed, and to what.
 
-    Those of Tables 7 and 8, then those that the paper does not state; of these the widest head and
+    Those of Tables 7 and 8, then those that the paper does not state; of these the deepest head and
     the strongest jitter are the authors' earlier code's.
     """
 

@@ -74,7 +74,8 @@ def pictures(folder: str | Path) -> list[Path]:
     with naming(folder, "a folder of pictures"):
         if not folder.is_dir():
             raise NotADirectoryError("no such folder")
-        found = [path for path in _files(folder) if path.suffix.lower() in _suffixes()]
+        suffixes = _suffixes()
+        found = [path for path in _files(folder) if path.suffix.lower() in suffixes]
         if not found:
             raise FileNotFoundError("no pictures in this folder")
     check_names(found)
@@ -83,10 +84,11 @@ def pictures(folder: str | Path) -> list[Path]:
 
 def left_out(folder: str | Path) -> str:
     """A line on the files below `folder` that `pictures` leaves out by their names, or ""."""
-    suffixes = (path.suffix.lower() for path in _files(Path(folder).expanduser()))
-    ends = [suffix for suffix in suffixes if suffix not in _suffixes()]
+    ours = _suffixes()
+    ends = [path.suffix.lower() for path in _files(Path(folder).expanduser())]
+    ends = [end for end in ends if end not in ours]
     kinds = ", ".join(sorted({end or "no ending" for end in ends}))
-    return f"{folder}: {len(ends)} files of other kinds left out ({kinds})" if ends else ""
+    return f"{folder}: left out, no pictures by their names: {len(ends)} ({kinds})" if ends else ""
 
 
 def read(

@@ -50,8 +50,8 @@ class Gaussian:
     @classmethod
     def fit_shrunk(cls, z: Tensor) -> "Gaussian":
         """For features z (N, D), the covariance shrunk towards a sphere as Ledoit and Wolf do."""
-        covariance, _ = ledoit_wolf(z.double().numpy())
-        return cls._from(z.double().mean(0), torch.from_numpy(covariance), 0.0)
+        covariance, _ = ledoit_wolf(z.double().cpu().numpy())
+        return cls._from(z.double().mean(0), torch.from_numpy(covariance).to(z.device), 0.0)
 
     @classmethod
     def fit_stream(cls, chunks: Iterable[Tensor], *, reg_covar: float = 1e-6) -> "Gaussian":
@@ -92,9 +92,11 @@ class Gaussian:
 def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian], *, folds: int = 5) -> float:
     """Mean negative log density of features z (N, D), nats, each under a fit without its fold.
 
-    Evidence for a choice of ``fit`` that needs no defective picture: the lower the better.
+    Evidence for a choice of ``fit`` that needs no defective picture: the lower the better. A
+    network that was trained on these pictures has seen them all, the fit has not. Raises ValueError
+    for fewer than two.
     """
-    parts = KFold(folds, shuffle=True, random_state=0).split(z)
+    parts = KFold(min(folds, len(z)), shuffle=True, random_state=0).split(z)
     gaussians = ((fit(z[kept]), z[left]) for kept, left in parts)
     return float(torch.cat([g.score(left) + g.log_normaliser for g, left in gaussians]).mean())
 
@@ -105,7 +107,7 @@ class FewGaussians:
 
     Exact, by the matrix inversion lemma: ``centred`` (..., N, D), float32, are the samples less
     their ``mean`` (..., D), and ``factor`` (..., N, N) is the lower Cholesky factor of their inner
-    products, ``N * reg_covar`` added to the diagonal. Smaller than a Gaussian where N < D.
+    products, ``N * reg_covar`` added to the diagonal. Smaller than a Gaussian where N < 0.78 D.
     """
 
     mean: Tensor

@@ -26,6 +26,15 @@ from cplib.runs import BROKEN, heat_maps, trained
 VERSION = 2  # of what is saved
 TENSORS, RECORD = "detector.safetensors", "detector.json"
 GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is pictured
+# Fields of a run that say nothing of its training, or only on which machine it was.
+AFTERWARDS = {
+    "l2_normalise": True,
+    "reg_covar": 0.0,
+    "gaussians": "auto",
+    "stride": 1,
+    "heat_std": 0.0,
+    "precision": "auto",
+}
 LARGEST = 4096  # pixels a side: a record cannot ask for all the memory
 CHUNK = 32  # pictures whose pixels and features are in memory at once while scoring
 Pictures = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
@@ -76,9 +85,7 @@ class Detector:
         ValueError for pictures that cannot be read (DataError, a line each) or too few of them.
         """
         run = _fixed(run, device)
-        good, bad = as_pixels(run, good), as_pixels(run, bad)
-        if len(good) < 2:
-            raise ValueError(f"a detector needs two good pictures at least, not {len(good)}")
+        good, bad = _checked_pictures(run, good, bad, quantile)
         if net is None and trained(run):
             net, _ = train.fit(run, good, device, weights=weights)
         net = (net or train.build(run, weights)).to(device, memory_format=torch.channels_last)
@@ -98,26 +105,28 @@ class Detector:
         bad: Pictures = (),
         *,
         net: PretextNet | None = None,
+        quantile: float = 0.95,
         deadline: float | None = None,
         device: str | torch.device = "cpu",
         weights: str | Path | None = None,
-        **options,
     ) -> "Detector":
         """As ``fit``, then saved in ``folder``, where training that was cut off is gone on with.
 
         Past ``deadline`` (seconds since the epoch) that is OutOfTime. The network of a detector
-        that lies there of the same run and good pictures is taken, not trained again.
+        that lies there is taken, not trained again, if it was trained so on the same good pictures.
         """
         run, folder = _fixed(run, device), Path(folder)
-        good = as_pixels(run, good)
-        part = folder / f".{run.id}-{_digest(good)[:8]}.safetensors"
-        net = net or _network(folder, run, good)
-        if net is None and trained(run) and len(good) > 1:
-            limits = {"checkpoint": part, "deadline": deadline, "weights": weights}
-            net, _ = train.fit(run, good, device, **limits)
-        detector = cls.fit(run, good, bad, net=net, device=device, weights=weights, **options)
+        good, bad = _checked_pictures(run, good, bad, quantile)
+        options = {"device": device, "weights": weights}
+        if net is None and trained(run):
+            net = _network(folder, run, good)
+        if net is None and trained(run):
+            part = folder / f".{run.id}-{_digest(good)[:8]}.safetensors"
+            net, _ = train.fit(run, good, checkpoint=part, deadline=deadline, **options)
+        detector = cls.fit(run, good, bad, net=net, quantile=quantile, **options)
         detector.save(folder)
-        part.unlink(missing_ok=True)
+        for part in folder.glob(".*-????????.safetensors"):
+            part.unlink(missing_ok=True)
         return detector
 
     def score(self, pictures: Pictures) -> Tensor:
@@ -207,18 +216,30 @@ def _fixed(run: Run, device: str | torch.device) -> Run:
     return replace(run, precision="bf16" if train.uses_bf16(run, device) else "fp32")
 
 
+def _checked_pictures(run: Run, good: Pictures, bad: Pictures, quantile: float) -> tuple:
+    """The pictures as pixels; raises what is wrong with them before anything is trained."""
+    _check_quantile(quantile)
+    good, bad = as_pixels(run, good), as_pixels(run, bad)
+    if len(good) < 2:
+        raise ValueError(f"a detector needs two good pictures at least, not {len(good)}")
+    return good, bad
+
+
 def _digest(pixels: Tensor) -> str:
-    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
 
 
 def _network(folder: Path, run: Run, good: Tensor) -> PretextNet | None:
-    """The network of the detector in a folder, if the same run trained it on the same pictures."""
+    """The network of the detector in a folder, if the same training on these pictures made it."""
     try:
-        there = Detector.load(folder)
-    except ValueError:
-        return None
-    same = trained(run) and there.run == run and there.pictures == _digest(good)
-    return there.net if same else None
+        record = json.loads((folder / RECORD).read_text())
+        there = Run.from_dict(record["run"])
+        same = replace(there, **AFTERWARDS) == replace(run, **AFTERWARDS)
+        if same and record["data"]["sha256"] == _digest(good):
+            return Detector.load(folder).net
+    except BROKEN:
+        pass  # another version's, or none: trained anew and replaced
+    return None
 
 
 def by_place(run: Run) -> bool:
@@ -269,15 +290,17 @@ def _scores(gaussian: Gaussian | FewGaussians, z: Tensor) -> Tensor:
 def fit_gaussian(run: Run, z: Tensor) -> Gaussian | FewGaussians:
     """What the run's scores come from, fitted to features z (N, P, D)."""
     if by_place(run):
-        kind = FewGaussians if _few(len(z), z.shape[-1]) else Gaussian
-        return kind.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
+        if _few(len(z), z.shape[-1]):
+            return FewGaussians.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
+        gaussian = Gaussian.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
+        return Gaussian(gaussian.mean, gaussian.factor.contiguous())  # as it is when loaded
     gaussian = Gaussian.fit_stream(z, reg_covar=run.reg_covar)
     return Gaussian(gaussian.mean, gaussian.factor.contiguous())  # as it is when loaded
 
 
 def _few(n: int, width: int) -> bool:
-    """Whether the samples of a place take less memory than its covariance."""
-    return n < width
+    """Whether the samples of a place, as FewGaussians keeps them, take less than a covariance."""
+    return 4 * n * width + 8 * n * n < 8 * width * width
 
 
 def cross_validated(run: Run, z: Tensor, *, folds: int | None = None) -> Tensor:
@@ -310,8 +333,7 @@ def choose_threshold(good: Tensor, bad: Tensor, quantile: float) -> tuple[float,
     With bad ones the highest F1, halfway down to the next lower score; without any the
     ``quantile`` of the good ones, so that about 1 - quantile of good pictures are false alarms.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"the quantile must lie between 0 and 1: {quantile}")
+    _check_quantile(quantile)
     if not len(bad):
         how = f"{100 * quantile:g} % quantile of the cross-validated scores of {len(good)} good"
         return torch.quantile(good, quantile).item(), f"{how} pictures"
@@ -323,11 +345,17 @@ def choose_threshold(good: Tensor, bad: Tensor, quantile: float) -> tuple[float,
     return threshold, f"{how} {len(bad)} defective ones"
 
 
+def _check_quantile(quantile: float) -> None:
+    if not 0 < quantile < 1:
+        raise ValueError(f"the quantile must lie between 0 and 1: {quantile}")
+
+
 def score_folder(detector: Detector, folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
     """``file, score, threshold, defective`` of every picture below a folder, and what went wrong.
 
     A file that is no picture has an empty score and a line among the problems.
     """
+    folder = Path(folder).expanduser()
     files = data.pictures(folder)
     scores, problems = {}, []
     for part in _parts(files):

@@ -83,7 +83,7 @@ def _prepare(folder: Path, part: Path, archive: Archive, accept_licence: bool) -
             folder.rmdir()  # unpacked beside it, then renamed
         free = shutil.disk_usage(folder.parent).free + (part.stat().st_size if part.exists() else 0)
     except OSError as error:
-        expected = f"a folder to be made, such as {folder / 'mvtec'}"
+        expected = f"a folder to be made{f', such as {folder}/mvtec' if folder.is_dir() else ''}"
         raise DataError(f"{folder}: {error.strerror}; expected {expected}") from None
     if free < 2 * archive.gigabytes * 1e9:
         need = f"{2 * archive.gigabytes:.1f} GB: half for the archive until it is unpacked"

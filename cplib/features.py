@@ -1,8 +1,6 @@
 """What features look like (Fig. 3): projections to the plane, and numbers for what the eye sees."""
 
 import contextlib
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from cplib import augment, data
-from cplib.config import BASELINES, Run
+from cplib.config import BASELINES, Run, named
 from cplib.density import Gaussian, l2_normalise
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet, embed
@@ -48,9 +46,7 @@ class Study:
     @property
     def id(self) -> str:
         """Name of the record: "features", and a hash where not the default."""
-        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k)}
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-        return f"features-{digest[:8]}" if changed else "features"
+        return named("features", self)
 
 
 def record(run: Run, study: Study | None = None, **places) -> dict | None:

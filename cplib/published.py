@@ -95,21 +95,22 @@ def against_paper(
     *,
     methods: tuple[str, ...],
     metrics: tuple[str, ...] = ("image_auroc",),
+    paper: bool = True,
 ) -> pd.DataFrame:
     """Our runs beside the paper's table: the contract's tidy columns, in percent.
 
     Every method stands in every category that was measured or published; what was not is empty.
-    A table that the paper lacks has our numbers alone.
+    Without ``paper`` it is a table of our own, which has our numbers alone.
     """
     ours = with_averages(summarise(runs[runs["method"].isin(methods)], metrics))
-    paper = published(table) if table in TABLES else pd.DataFrame(columns=[*KEYS, *PUBLISHED])
-    paper = paper[paper["metric"].isin(metrics)].astype(dict.fromkeys(PUBLISHED, float))
+    theirs = published(table) if paper else pd.DataFrame(columns=[*KEYS, *PUBLISHED])
+    theirs = theirs[theirs["metric"].isin(metrics)].astype(dict.fromkeys(PUBLISHED, float))
     measured = list(runs["source" if "source" in runs else "category"].unique())
     if not set(measured) & {*TEXTURES, *OBJECTS}:  # the demo set has no published numbers
-        paper = paper.iloc[:0]
+        theirs = theirs.iloc[:0]
     elif "average_measured" in groups(measured):
-        paper = pd.concat([paper, _average_measured(paper, measured)])
-    both = ours.merge(paper, on=KEYS, how="outer")
+        theirs = pd.concat([theirs, _average_measured(theirs, measured)])
+    both = ours.merge(theirs, on=KEYS, how="outer")
     both = both[both["method"].isin(methods)][COLUMNS]
     both["seeds"] = both["seeds"].astype("Int64")
     return _sorted(both, method=methods, category=in_order(both["category"]), metric=metrics)
@@ -198,7 +199,8 @@ def save_table(
     """
     folder = Path(results) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"{note}\n", "Ours, then the paper's in brackets; percent, mean±standard error.\n"]
+    theirs = ", then the paper's in brackets" if table["published_mean"].notna().any() else ""
+    parts = [f"{note}\n", f"Ours{theirs}; percent, mean±standard error.\n"]
     for metric in table["metric"].unique():
         grid = wide(table, metric)
         parts += [f"**{metric}**\n", markdown(grid.T if down else grid)]

@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from cplib import data
-from cplib.config import SYNTHETIC, Run
+from cplib.config import SYNTHETIC, Run, named
 from cplib.density import Gaussian, held_out, l2_normalise
 from cplib.localize import gradcam
 from cplib.metrics import auroc_between, image_metrics
@@ -18,9 +18,24 @@ from cplib.model import PretextNet, embed
 from cplib.runs import BROKEN, load_model, located, run_folder, score, trained, write_json
 from cplib.synthetic import Anomaly, paint
 
-REGULARISERS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # added to the covariance's diagonal
-FITS = {f"{r:g}": partial(Gaussian.fit, reg_covar=r) for r in REGULARISERS}
-FITS |= {"Ledoit-Wolf": Gaussian.fit_shrunk}
+
+@dataclass(frozen=True, kw_only=True)
+class Covariances:
+    """What is tried in place of a run's covariance, beside Ledoit and Wolf's."""
+
+    reg_covar: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # on the diagonal
+    folds: int = 5  # of the held-out density
+
+    @property
+    def fits(self) -> dict[str, Callable[[torch.Tensor], Gaussian]]:
+        """Each under its name."""
+        fits = {f"{r:g}": partial(Gaussian.fit, reg_covar=r) for r in self.reg_covar}
+        return fits | {"Ledoit-Wolf": Gaussian.fit_shrunk}
+
+    @property
+    def id(self) -> str:
+        """Name of the record: "density", and a hash where not the default."""
+        return named("density", self)
 
 
 def beside(
@@ -49,7 +64,10 @@ def beside(
         write_json(part, compute(run, net, Path(data_root)))
         part.replace(record)
     try:
-        return dict(json.loads(record.read_text()))
+        found = json.loads(record.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object of JSON")
+        return found
     except BROKEN as error:
         reason = " ".join(f"{record}: no record ({error}); remove it to make it again".split())
         raise ValueError(reason) from error
@@ -104,13 +122,14 @@ def synthetic_metrics(run: Run, anomaly: Anomaly, **places) -> dict | None:
     return beside(run, anomaly.id, compute, **places)
 
 
-def density_metrics(run: Run, **places) -> dict | None:
+def density_metrics(run: Run, covariances: Covariances | None = None, **places) -> dict | None:
     """What other covariances would do to an image-level run, kept beside it; else None.
 
-    ``fits`` has an entry for each of FITS, with features scaled to length one and not: its
-    ``image_auroc``, and ``held_out``, the mean negative log density of good training pictures that
-    the fit did not see.
+    The record holds the study's fields and ``fits``: an entry for each, of features scaled to
+    length one and not, with its ``image_auroc``, percent, and ``held_out`` (see ``density``), None
+    where it cannot be fitted.
     """
+    study = covariances or Covariances()
 
     def compute(run: Run, net: PretextNet, data_root: Path) -> dict:
         train, test = (data.load(data_root, run.category, s, run.size) for s in ("train", "test"))
@@ -118,10 +137,17 @@ def density_metrics(run: Run, **places) -> dict | None:
         rows = []
         for l2 in (True, False):
             z, z_test = map(l2_normalise, raw) if l2 else raw
-            for name, fit in FITS.items():
-                auroc = image_metrics(test.labels, fit(z).score(z_test))["image_auroc"]
-                row = {"covariance": name, "l2_normalise": l2, "image_auroc": auroc}
-                rows.append(row | {"held_out": held_out(z, fit)})
-        return {"fits": rows}
+            for name, fit in study.fits.items():
+                row = {"covariance": name, "l2_normalise": l2}
+                rows.append(row | _fitted(fit, study.folds, z, z_test, test.labels))
+        return {"study": asdict(study), "fits": rows}
 
-    return beside(run, "density", compute, **places)
+    return beside(run, study.id, compute, **places)
+
+
+def _fitted(fit, folds: int, z: torch.Tensor, z_test: torch.Tensor, labels: torch.Tensor) -> dict:
+    try:
+        auroc = image_metrics(labels, fit(z).score(z_test))["image_auroc"]
+        return {"image_auroc": auroc, "held_out": held_out(z, fit, folds=folds)}
+    except ValueError:  # too few pictures, or all alike
+        return {"image_auroc": None, "held_out": None}

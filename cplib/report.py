@@ -17,8 +17,8 @@ from PIL import Image
 from cplib.claims import readable, summary
 from cplib.config import PROFILES
 from cplib.figures import NAMES
-from cplib.published import COLUMNS, TABLES, wide
-from cplib.tables import shown
+from cplib.published import COLUMNS, wide
+from cplib.tables import TABLES, shown
 from cplib.workspace import ROOT, UsageError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +40,7 @@ def report(profile: str = "demo", results: str = "") -> Path:
     """Write the report of a profile's results; UsageError where there are none."""
     if profile not in PROFILES:
         raise UsageError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
-    folder = Path(results) if results else ROOT / "results" / profile
+    folder = Path(results).expanduser() if results else ROOT / "results" / profile
     if not folder.is_dir():
         raise UsageError(f"no such folder of results: {folder}")
     return write_report(folder, profile)
@@ -55,7 +55,8 @@ def write_report(results: Path, profile: str) -> Path:
     notebooks = [read_notebook(path) for path in sorted(results.glob("notebooks/[0-9]*.ipynb"))]
     for notebook in notebooks:
         write_page(results / "notebooks" / f"{notebook['name']}.ipynb")
-    there = [p for p in sorted(results.glob("tables/*.csv")) if p.stem != "claims"]
+    files = [results / "tables" / f"{name}.csv" for name in TABLES]
+    there = [file for file in files if file.exists()]
     tables = [read_table(path) for path in there]
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
@@ -67,7 +68,7 @@ def write_report(results: Path, profile: str) -> Path:
         demo=PROFILES[profile].dataset == "demo",
         protocol=next((table["protocol"] for table in tables), ""),
         tables=tables,
-        missing=[table_title(name) for name in sorted({*TABLES} - {path.stem for path in there})],
+        missing=[table_title(file.stem) for file in files if file not in there],
         claims=read_claims(results / "tables" / "claims.csv"),
         figures=read_figures(results, notebooks),
         notebooks=notebooks,

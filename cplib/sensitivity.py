@@ -26,7 +26,7 @@ CHOICES = {UNSTATED: ("head", "translate", "jitter")}
 
 
 class Setting(NamedTuple):
-    """A row of Table 7 or 8: where it stands on its axis, and the fields of ``Run`` it changes."""
+    """A row of such a table: where it stands on its axis, and the fields of ``Run`` it changes."""
 
     axis: str
     x: float | tuple  # a multiple of the protocol's learning rate or length; else the value itself
@@ -65,9 +65,9 @@ def _name(axis: str, value: float | tuple) -> str:
 
 
 def _text(values: tuple) -> str:
-    """(512, 128) as "512-128", many of a kind as "8x512"; no value as "none"."""
+    """(512, 128) as "512-128", many of a kind as "8x512"; without any the head is linear."""
     parts = [(f"{value:g}", len([*same])) for value, same in groupby(values)]
-    return "-".join(f"{n}x{v}" if n > 4 else "-".join([v] * n) for v, n in parts) or "none"
+    return "-".join(f"{n}x{v}" if n > 4 else "-".join([v] * n) for v, n in parts) or "linear"
 
 
 def row_names(table: str) -> tuple[str, ...]:
@@ -80,7 +80,8 @@ def row_names(table: str) -> tuple[str, ...]:
 def runs_by_row(profile: Profile, table: str, categories, seeds=None) -> dict[str, list[Run]]:
     """The runs behind each row of a table; the one that changes nothing stands on every axis.
 
-    Of the ``categories`` those that the profile names for the study, if any of them is.
+    Of the ``categories`` those that the profile names for the study; where none of them is at
+    hand, the first.
     """
     bases = _bases(profile, table, categories, seeds)
     rows = settings(profile, *_axes(table))
@@ -104,7 +105,7 @@ def _bases(profile: Profile, table: str, categories, seeds: int | None) -> list[
     study = profile.sensitivity
     wanted = study.unstated if table in CHOICES else study.categories
     seeds = seeds or (profile.seeds if table in CHOICES else study.seeds)
-    few = [c for c in categories if c in wanted] or categories
+    few = [c for c in categories if c in wanted] or (categories if not wanted else categories[:1])
     return profile.runs((METHOD,), few, seeds, **study.protocol)
 
 
@@ -125,17 +126,17 @@ def along(cells: pd.DataFrame, profile: Profile) -> pd.DataFrame:
 
 def ranges(cells: pd.DataFrame, table: str, profile: Profile) -> str:
     """A sentence: how far our means lie apart along each of a table's axes, and the paper's."""
-    parts, categories = [], []
+    parts = []
     for axis in _axes(table):
         grid = common(cells, tuple(settings(profile, axis)))
         if grid.shape[1] > 1 and len(grid):
-            categories = list(grid.index)
-            part = f"{AXES.get(axis, axis)}: {_range(grid.mean())}{_theirs(table, axis)}"
-            parts.append(part[0].upper() + part[1:])
+            name = AXES.get(axis, axis)
+            over = f"{name[0].upper()}{name[1:]} (over {', '.join(grid.index)})"
+            parts.append(f"{over}: {_range(grid.mean())}{_theirs(table, axis)}")
     if not parts:
         return "Too little was measured to say how far the settings lie apart."
     paper = ", the paper's over its fifteen categories" if table in AXES_OF else ""
-    return f"Mean image AUROC over {', '.join(categories)}{paper}. {'. '.join(parts)}."
+    return f"Mean image AUROC{paper}. {'. '.join(parts)}."
 
 
 def _theirs(table: str, axis: str) -> str:

@@ -7,10 +7,8 @@ Nothing here is shared with the augmentations that are put to the test on these 
 """
 
 import functools
-import hashlib
-import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import skimage.data
@@ -18,6 +16,8 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, zeros
+
+from cplib.config import named
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -55,10 +55,7 @@ class Anomaly:
     @property
     def id(self) -> str:
         """Name of the record of these anomalies: "synthetic", and a hash where not the default."""
-        defaults = {f.name: f.default for f in fields(self)}
-        changed = {k: v for k, v in asdict(self).items() if v != defaults[k]}
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-        return f"synthetic-{digest[:8]}" if changed else "synthetic"
+        return named("synthetic", self)
 
 
 def paint(pixels: Tensor, shape: str, fill: str, anomaly: Anomaly) -> tuple[Tensor, Tensor]:

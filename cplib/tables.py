@@ -1,4 +1,4 @@
-"""The paper's tables as they are measured here: the runs behind each, and their values."""
+"""The paper's tables, and one of our own, as measured here: the runs behind each, the values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ BOTH = "./run_all.sh --profile {} --data DIR --only 02,{}"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table of the paper.
+    """One table of the paper, or of what it does not state.
 
     ``values`` gives a row a measured run, with ``method`` (named as in ``rows``), ``category``,
     ``seed`` and the metrics; ``planned`` the runs that this takes, trained by notebook 02.
@@ -75,7 +75,8 @@ def complete(workspace: Workspace, planned: list[Run], notebook: str) -> None:
 def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
     """The table in the contract's tidy columns, the paper's numbers beside; saved, too."""
     table = TABLES[name]
-    tidy = against_paper(values, name, methods=table.rows, metrics=table.metrics)
+    rows = {"methods": table.rows, "metrics": table.metrics}
+    tidy = against_paper(values, name, **rows, paper=name not in sensitivity.CHOICES)
     planned = table.planned(workspace)
     trained = sorted(filter(runs.trained, planned), key=lambda r: r.method != "cutpaste_3way")
     done = [r for r in trained if runs.run_folder(r, workspace.results).exists()]

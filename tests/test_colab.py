@@ -309,7 +309,7 @@ def test_the_gpu_is_named_and_minutes_only_where_they_were_measured(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     monkeypatch.setattr(colab, "MINUTES", {})
     noted = json.loads((ROOT / "results" / "demo" / "minutes.json").read_text())
-    slow = f"took {sum(noted.values()):.0f} minutes on two cores."
+    slow = f"took {sum(noted.values()):.0f} minutes on two cores, with all four categories."
     assert colab.device().startswith("GPU: Tesla T4; not timed on one yet, without one all")
     assert colab.device().endswith(slow)
     monkeypatch.setattr(colab, "MINUTES", {"Tesla T4": 6.4})

@@ -87,6 +87,12 @@ def test_what_is_held_out_is_scored_by_a_fit_without_it(d, n, folds):
     assert found == pytest.approx(np.mean(expected), rel=1e-6)
 
 
+def test_a_density_is_held_out_of_few_features_and_refused_for_one():
+    assert held_out(_random(2, 3), lambda z: Gaussian.fit(z, reg_covar=1)) > 0
+    with pytest.raises(ValueError):
+        held_out(_random(1, 3), Gaussian.fit)
+
+
 def test_held_out_features_favour_the_regulariser_they_were_drawn_with():
     spread = torch.tensor([1.0] * 10 + [0.1] * 190)
     z = spread * _random(60, 200)

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import nbformat
 import numpy as np
@@ -160,6 +161,11 @@ def test_few_pictures_are_refused_before_anything_is_trained(pixels, tmp_path, m
     for n in (0, 1):
         with pytest.raises(ValueError, match=f"not {n}"):
             Detector.fit_in(tmp_path, IMAGE, pixels[0][:n])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Detector.fit_in(tmp_path, IMAGE, pixels[0], quantile=95)
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(data.DataError, match=r"bad\.png"):
+        Detector.fit_in(tmp_path, IMAGE, pixels[0], [tmp_path / "bad.png"])
 
 
 # Fitted in a folder
@@ -174,6 +180,9 @@ def test_what_was_trained_on_the_same_pictures_is_not_trained_again(pixels, tmp_
     assert not calls
     assert torch.equal(again.good, first.good)
     assert len(Detector.load(tmp_path).bad) == len(pixels[1])  # what is saved is the newest
+    scored_otherwise = replace(IMAGE, reg_covar=1e-3, l2_normalise=False)
+    Detector.fit_in(tmp_path, scored_otherwise, pixels[0])
+    assert not calls
     Detector.fit_in(tmp_path, IMAGE, pixels[0][1:])
     Detector.fit_in(tmp_path, replace(IMAGE, learning_rate=0.01), pixels[0][1:])
     assert len(calls) == 2
@@ -214,7 +223,7 @@ def test_many_pictures_of_each_place_are_kept_as_covariances(tmp_path, pixels, n
     new = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
     gaussian, few = fit_gaussian(PLACES, z), FewGaussians.fit(z.transpose(0, 1))
     assert isinstance(gaussian, Gaussian)
-    assert isinstance(fit_gaussian(PLACES, z[:7]), FewGaussians)
+    assert isinstance(fit_gaussian(PLACES, z[:6]), FewGaussians)
     expected = few.score(new.transpose(0, 1))
     torch.testing.assert_close(gaussian.score(new.transpose(0, 1)), expected, rtol=1e-4, atol=0)
     run, many = replace(PLACES, stride=32), pixels[0][torch.arange(520) % len(pixels[0])]
@@ -536,7 +545,7 @@ def test_a_folder_is_scored_and_the_broken_picture_named(saved, mixed, tmp_path,
     told = capsys.readouterr()
     broken, others = told.err.splitlines()
     assert broken.startswith(f"{mixed / 'broken.png'}: ")
-    assert others == f"{mixed}: 1 files of other kinds left out (.txt)"
+    assert others == f"{mixed}: left out, no pictures by their names: 1 (.txt)"
     table = pd.read_csv(tmp_path / "scores.csv").set_index("file")
     assert list(table) == ["score", "threshold", "defective"]
     assert list(table.index) == [
@@ -585,6 +594,18 @@ def test_what_is_asked_for_wrongly_is_one_line_and_exit_2(saved, mixed, tmp_path
     assert "nowhere" in lines[0]
 
 
+def test_a_home_is_found_and_memory_that_is_short_is_said(
+    saved, mixed, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(mixed))
+    assert scored(saved, "~/below", tmp_path / "scores.csv") == 0
+    assert pd.read_csv(tmp_path / "scores.csv")["file"].tolist() == ["good.png"]
+    monkeypatch.setattr(Detector, "load", Mock(side_effect=MemoryError))
+    capsys.readouterr()
+    assert scored(saved, mixed, tmp_path / "scores.csv") == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
 def test_a_folder_is_no_file_to_write_to(saved, mixed, tmp_path, capsys):
     assert scored(saved, mixed, tmp_path) == 2
     assert "a folder, not a file" in capsys.readouterr().err
@@ -614,7 +635,7 @@ def test_own_good_bad_and_new_pictures_make_a_detector(demo_root, tmp_path):
     ran, said = own_images(demo_root, tmp_path, **{k: str(v) for k, v in folders.items()})
     assert ran
     assert f"{good / 'broken.png'}: " in said
-    assert "1 files of other kinds left out (.heic)" in said
+    assert "left out, no pictures by their names: 1 (.heic)" in said
     assert "2 updates at learning rate" in said  # of the model that is fitted
     detector = Detector.load(tmp_path / "results" / "detectors" / "partA")
     assert detector.run.dataset == "own"

@@ -305,10 +305,12 @@ def test_a_baseline_that_the_paper_lacks_has_no_published_number():
 
 def test_a_table_of_our_own_stands_beside_no_published_number():
     runs = pd.DataFrame([{"method": "a", "category": "screw", "seed": 0, "image_auroc": 80.0}])
-    table = against_paper(runs, "unstated_choices", methods=("a",))
+    table = against_paper(runs, "unstated_choices", methods=("a",), paper=False)
     assert list(table) == COLUMNS
     assert table.set_index("category")["mean"].to_dict() == {"screw": 80, "average_measured": 80}
     assert table[["published_mean", "published_stderr"]].isna().all(axis=None)
+    with pytest.raises(KeyError):
+        against_paper(runs, "unstated_choices", methods=("a",))
 
 
 def test_the_demo_set_stands_beside_no_published_number():

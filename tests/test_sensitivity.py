@@ -125,10 +125,9 @@ def test_the_runs_are_trained_with_the_others(tmp_path):
 def test_categories_and_seeds_that_are_asked_for_are_taken():
     of = {table: planned(QUICK, table, ("tile", "screw"), 2) for table in AXES_OF}
     assert {(r.category, r.seed) for r in sum(of.values(), [])} == {("screw", 0), ("screw", 1)}
-    assert {r.category for r in planned(QUICK, next(iter(AXES_OF)), ("tile", "wood"))} == {
-        "tile",
-        "wood",
-    }
+    assert {r.category for r in planned(QUICK, next(iter(AXES_OF)), ("tile", "wood"))} == {"tile"}
+    everywhere = {r.category for r in planned(PAPER, next(iter(AXES_OF)), ("tile", "wood"))}
+    assert everywhere == {"tile", "wood"}
 
 
 @hypothesis.settings(deadline=None, max_examples=50)
@@ -202,9 +201,9 @@ def test_the_choices_make_a_table_and_a_sentence_without_the_paper(tmp_path):
     assert list(dict.fromkeys(tidy["method"])) == list(settings(QUICK, *CHOICES[UNSTATED]))
     assert tidy["published_mean"].isna().all()
     said = sensitivity.ranges(tidy, UNSTATED, QUICK)
-    assert "Translate: 80.0 to 82.0, 2.0 apart" in said
-    assert "Head: 81.0 to 81.0, 0.0 apart" in said
-    assert "paper" not in said
+    assert "Translate (over screw, transistor): 80.0 to 82.0, 2.0 apart" in said
+    assert "Head (over screw, transistor): 81.0 to 81.0, 0.0 apart" in said
+    assert "paper" not in said + (tmp_path / "tables" / f"{UNSTATED}.md").read_text()
 
 
 # What the tables say
@@ -265,8 +264,8 @@ def test_the_sentence_gives_our_range_and_the_papers(quick):
     table = "table8_jitter_and_patch_size"
     tidy = compare(quick, table, TABLES[table].values(quick))
     said = sensitivity.ranges(tidy, table, QUICK)
-    assert "screw, transistor" in said
-    assert "Jitter of the patch: 80.0 to 83.0, 3.0 apart; the paper's 94.9 to 95.5, 0.6" in said
+    expected = "Jitter of the patch (over screw, transistor): 80.0 to 83.0, 3.0 apart"
+    assert f"{expected}; the paper's 94.9 to 95.5, 0.6" in said
     assert "the paper's 94.8 to 95.3, 0.5 apart" in said
 
 
@@ -401,7 +400,7 @@ def test_notebook_09_shows_finished_runs_without_data(quick, tmp_path):
     notebook = nbformat.read(tmp_path / "notebooks" / "09_sensitivity.ipynb", 4)
     said = str(notebook)
     assert "The fewest updates that come within their own spread" in said
-    assert "Jitter of the patch: 80.0 to 83.0" in said
+    assert "Jitter of the patch (over screw, transistor): 80.0 to 83.0" in said
     assert not [
         o for c in notebook.cells for o in c.get("outputs", []) if o.get("name") == "stderr"
     ]

@@ -437,7 +437,7 @@ def test_other_covariances_are_measured_on_the_same_network(undisturbed, demo_ro
     shutil.copytree(undisturbed, results)
     places = {"results": results, "data_root": demo_root}
     fits = pd.DataFrame(records.density_metrics(TINY, **places)["fits"])
-    assert len(fits) == 2 * len(records.FITS)
+    assert len(fits) == 2 * len(records.Covariances().fits)
     own = fits[(fits["covariance"] == "1e-06") & fits["l2_normalise"]]
     metrics = json.loads((run_folder(TINY, undisturbed) / "metrics.json").read_text())
     assert own["image_auroc"].item() == pytest.approx(metrics["image_auroc"])
@@ -448,7 +448,11 @@ def test_other_covariances_are_measured_on_the_same_network(undisturbed, demo_ro
     row = fits[(fits["covariance"] == "0.001") & ~fits["l2_normalise"]]
     assert row["image_auroc"].item() == pytest.approx(expected["image_auroc"])
     assert np.isfinite(fits["held_out"]).all()
-    assert records.density_metrics(TINY, results=results, data_root=None)["fits"]  # kept
+    kept = {"results": results, "data_root": None}
+    assert records.density_metrics(TINY, **kept)["fits"] == fits.to_dict("records")
+    few = records.Covariances(reg_covar=(1e-2,))
+    assert records.density_metrics(TINY, few, **kept) is None
+    assert len(records.density_metrics(TINY, few, **places)["fits"]) == 4
 
 
 def test_scores_are_those_of_the_model_beside_them(undisturbed, demo_root):
