@@ -63,12 +63,14 @@ def shortest(curves: pd.DataFrame) -> Shortest | None:
     """The fewest updates whose average lies at most its own spread below the longest's.
 
     Points at which only the head has been trained do not count: the encoder is still its start.
-    Averages are over the categories of the longest schedule (the better of two as long) and then
-    over the seeds that have them all; a schedule without such a seed does not count. None where
-    there is none.
+    The longest is among the schedules that were measured in the most categories (the better of two
+    as long). Averages are over its categories and then over the seeds that have them all; a
+    schedule without such a seed does not count. None where there is none.
     """
     curves = curves[curves["update"] > curves["head_updates"]]
-    ends = curves[curves["update"] == curves["update"].max()]
+    width = curves.groupby("schedule")["category"].transform("nunique")
+    ends = curves[width == width.max()]
+    ends = ends[ends["update"] == ends["update"].max()]
     categories = max(ends.groupby("schedule")["category"].unique().map(sorted), key=len, default=())
     part = curves[curves["category"].isin(categories)]
     cells = part.pivot(index=["schedule", "seed", "update"], columns="category", values="auroc")

@@ -317,6 +317,13 @@ def test_averages_are_over_the_categories_and_a_schedule_that_lacks_one_does_not
     assert shortest(*parts, curve("b", [99], category="tile")).schedule == "b"
 
 
+def test_a_longer_schedule_in_fewer_categories_does_not_narrow_the_average():
+    parts = [curve("a", [80, 90]), curve("a", [60, 70], category="tile"), curve("b", [99] * 9)]
+    found = shortest(*parts)
+    assert (found.longest, found.longest_update, found.categories) == ("a", 20, ("screw", "tile"))
+    assert shortest(*parts, curve("b", [50] * 9, category="tile")).longest == "b"
+
+
 def test_a_seed_that_lacks_a_category_does_not_count():
     parts = [curve("a", [80, 90]), curve("a", [60, 70], category="tile")]
     assert shortest(*parts, curve("a", [0, 0], seed=1)).longest_mean == 80
