@@ -119,10 +119,10 @@ class Detector:
         good, bad = _checked_pictures(run, good, bad, quantile)
         options = {"device": device, "weights": weights}
         if net is None and trained(run):
-            net = _network(folder, run, good)
-        if net is None and trained(run):
-            part = folder / f".{run.id}-{_digest(good)[:8]}.safetensors"
-            net, _ = train.fit(run, good, checkpoint=part, deadline=deadline, **options)
+            digest = _digest(good)
+            part = folder / f".{run.id}-{digest[:8]}.safetensors"
+            limits = {"checkpoint": part, "deadline": deadline}
+            net = _network(folder, run, digest) or train.fit(run, good, **limits, **options)[0]
         detector = cls.fit(run, good, bad, net=net, quantile=quantile, **options)
         detector.save(folder)
         for part in folder.glob(".*-????????.safetensors"):
@@ -229,13 +229,13 @@ def _digest(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
 
 
-def _network(folder: Path, run: Run, good: Tensor) -> PretextNet | None:
+def _network(folder: Path, run: Run, digest: str) -> PretextNet | None:
     """The network of the detector in a folder, if the same training on these pictures made it."""
     try:
         record = json.loads((folder / RECORD).read_text())
         there = Run.from_dict(record["run"])
         same = replace(there, **AFTERWARDS) == replace(run, **AFTERWARDS)
-        if same and record["data"]["sha256"] == _digest(good):
+        if same and record["data"]["sha256"] == digest:
             return Detector.load(folder).net
     except BROKEN:
         pass  # another version's, or none: trained anew and replaced
@@ -289,12 +289,12 @@ def _scores(gaussian: Gaussian | FewGaussians, z: Tensor) -> Tensor:
 
 def fit_gaussian(run: Run, z: Tensor) -> Gaussian | FewGaussians:
     """What the run's scores come from, fitted to features z (N, P, D)."""
+    if by_place(run) and _few(len(z), z.shape[-1]):
+        return FewGaussians.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
     if by_place(run):
-        if _few(len(z), z.shape[-1]):
-            return FewGaussians.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
         gaussian = Gaussian.fit(z.transpose(0, 1), reg_covar=run.reg_covar)
-        return Gaussian(gaussian.mean, gaussian.factor.contiguous())  # as it is when loaded
-    gaussian = Gaussian.fit_stream(z, reg_covar=run.reg_covar)
+    else:
+        gaussian = Gaussian.fit_stream(z, reg_covar=run.reg_covar)
     return Gaussian(gaussian.mean, gaussian.factor.contiguous())  # as it is when loaded
 
 

@@ -101,12 +101,16 @@ def _axes(table: str) -> tuple[str, ...]:
 
 
 def _bases(profile: Profile, table: str, categories, seeds: int | None) -> list[Run]:
-    """The unchanged runs; what is ours to choose is measured with as many seeds as Table 1."""
+    """The runs that change nothing."""
     study = profile.sensitivity
     wanted = study.unstated if table in CHOICES else study.categories
-    seeds = seeds or (profile.seeds if table in CHOICES else study.seeds)
-    few = [c for c in categories if c in wanted] or (categories if not wanted else categories[:1])
-    return profile.runs((METHOD,), few, seeds, **study.protocol)
+    few = [c for c in categories if c in wanted] or (categories[:1] if wanted else categories)
+    return profile.runs((METHOD,), few, seeds or seeds_of(profile, table), **study.protocol)
+
+
+def seeds_of(profile: Profile, table: str) -> int:
+    """How many seeds a table takes; what is ours to choose as many as Table 1."""
+    return profile.seeds if table in CHOICES else profile.sensitivity.seeds
 
 
 def _changed(base: Run, changes: dict) -> Run:

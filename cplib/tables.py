@@ -162,7 +162,7 @@ def _ablation(name: str, notebook: str, methods: tuple[str, ...], **fields) -> T
     )
 
 
-def _sensitivity(name: str, seeds: Callable[[Workspace], int]) -> Table:
+def _sensitivity(name: str) -> Table:
     def values(workspace: Workspace) -> pd.DataFrame:
         rows = sensitivity.runs_by_row(workspace.profile, name, *_asked(workspace))
         names = [(row, run.id) for row, of_row in rows.items() for run in of_row]
@@ -177,7 +177,9 @@ def _sensitivity(name: str, seeds: Callable[[Workspace], int]) -> Table:
         rows=sensitivity.row_names(name),
         planned=lambda w: sensitivity.planned(w.profile, name, *_asked(w)),
         values=values,
-        seeds=lambda w: f"{w.seeds or seeds(w)}. Each row changes one setting",
+        seeds=lambda w: (
+            f"{w.seeds or sensitivity.seeds_of(w.profile, name)}. Each row changes one setting"
+        ),
         down=True,
     )
 
@@ -226,7 +228,6 @@ TABLES = {
             values=_synthetic,
             note=_painted,
         ),
-        *(_sensitivity(t, lambda w: w.profile.sensitivity.seeds) for t in sensitivity.AXES_OF),
-        *(_sensitivity(t, lambda w: w.profile.seeds) for t in sensitivity.CHOICES),
+        *map(_sensitivity, (*sensitivity.AXES_OF, *sensitivity.CHOICES)),
     )
 }
