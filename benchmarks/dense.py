@@ -1,9 +1,9 @@
-"""How fast a category's pictures are scored patch by patch, against the plain way.
+"""How fast a category's images are scored window by window, against the plain way.
 
     python benchmarks/dense.py --data DIR --category bottle [--size 256] [--stride 4]
 
-The plain way unfolds each picture into copies of its patches, takes their features in fp32 and fits
-one Gaussian after the other, place by place. Prints one Markdown table.
+The plain way unfolds each image into copies of its windows, takes their features and fits one
+Gaussian after the other, place by place. Prints one Markdown table.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cplib import data, localize, train
 from cplib.config import Run
 from cplib.density import l2_normalise
-from cplib.localize import patch_maps, positions
+from cplib.localize import positions, window_scores
 from cplib.model import PretextNet
 from cplib.runs import heat_maps
 
@@ -30,9 +30,9 @@ from timing import Row, Seconds, finish, options, peak_memory, report, seconds_o
 
 @torch.inference_mode()
 def plain(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
-    """Scores (N, rows, columns) as ``patch_maps`` gives them, the straightforward way."""
+    """Scores (N, rows, columns) as ``window_scores`` gives them, the straightforward way."""
     z, z_test = (_plain_features(run, net, part) for part in (normal, pixels))
-    shape = positions(run.size, run.size, run.patch, run.stride)
+    shape = positions(run.size, run.size, run.window, run.stride)
     if not run.per_position:
         flat = z.flatten(0, 1).double()
         mean, precision = _inverse(flat, run.reg_covar)
@@ -49,8 +49,8 @@ def _plain_features(run: Run, net: PretextNet, pixels: Tensor) -> Tensor:
     parts = []
     for picture in pixels:
         x = picture[None].to(net.pixel_mean.device).float() / 255
-        copies = F.unfold(x, run.patch, stride=run.stride)[0].T
-        copies = copies.reshape(-1, 3, run.patch, run.patch)
+        copies = F.unfold(x, run.window, stride=run.stride)[0].T
+        copies = copies.reshape(-1, 3, run.window, run.window)
         parts.append(torch.cat([net.features(part) for part in copies.split(512)]))
     return l2_normalise(torch.stack(parts))
 
@@ -66,15 +66,14 @@ def _distance(centred: Tensor, precision: Tensor) -> Tensor:
 
 def ours(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
     """The project's own way."""
-    return patch_maps(
+    return window_scores(
         net,
         normal,
         pixels,
-        patch=run.patch,
+        window=run.window,
         stride=run.stride,
         per_position=run.per_position,
         reg_covar=run.reg_covar,
-        bf16=train.uses_bf16(run, net.pixel_mean.device),
     )
 
 
@@ -100,24 +99,22 @@ def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: st
     scored = time.perf_counter()
     heat_maps(run, maps)
     whole = time.perf_counter() - began
-    shares = {"features of patches": sum(spent), "heat maps": whole - (scored - began)}
+    shares = {"features of windows": sum(spent), "heat maps": whole - (scored - began)}
     shares["Gaussians and scores"] = whole - sum(shares.values())
     return [(f"... {name}", 100 * seconds / whole, "%") for name, seconds in shares.items()]
 
 
 def network(run: Run, net: PretextNet, device: str, budget: float) -> list[Row]:
-    """Patches a second of the encoder, in core time, and what its convolutions take of it."""
-    patches = torch.randint(256, (512, 3, run.patch, run.patch), dtype=torch.uint8)
-    rows = []
-    for name, bf16 in (("fp32", False), ("bf16", True)):
-        encode = torch.inference_mode()(localize._encode(net, bf16))
-        spent = seconds_of(lambda encode=encode: encode(patches), device, budget).spent(device)
-        rows.append((f"features in {name}", len(patches) / spent, "patches/s"))
+    """Windows a second of the encoder, in core time, and what its convolutions take of it."""
+    patches = torch.randint(256, (512, 3, run.window, run.window), dtype=torch.uint8)
+    encode = torch.inference_mode()(localize._encode(net))
+    spent = seconds_of(lambda: encode(patches), device, budget).spent(device)
+    rows = [("features", len(patches) / spent, "windows/s")]
     with torch.profiler.profile() as profile:
         encode(patches)
     spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     own = sum(seconds for name, seconds in spent.items() if "convolution" in name)
-    return [*rows, ("... convolutions in bf16", 100 * own / sum(spent.values()), "%")]
+    return [*rows, ("... convolutions", 100 * own / sum(spent.values()), "%")]
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -126,9 +123,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
         method="cutpaste_3way",
         category=args.category,
         size=args.size,
-        patch=args.patch,
+        window=args.window,
         stride=args.stride,
-        precision=args.precision,
     )
     normal, pixels = (
         data.load(args.data, args.category, split, args.size).pixels[: args.pictures]
@@ -159,8 +155,8 @@ def _once(work, device: str, budget: float) -> Seconds:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = options(__doc__)
-    parser.add_argument("--patch", type=int, default=64, help="pixels, both sides")
-    parser.add_argument("--stride", type=int, default=4, help="between patches")
+    parser.add_argument("--window", type=int, default=32, help="pixels, both sides")
+    parser.add_argument("--stride", type=int, default=4, help="between windows")
     parser.add_argument("--pictures", type=int, default=16, help="of each split, at most")
     return parser.parse_args()
 

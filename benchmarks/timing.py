@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from cplib.config import PRECISIONS
 from cplib.data import DataError
 from cplib.runs import device_name
 
@@ -76,7 +77,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, help="for both ways together")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--threads", type=int, default=cores(), help="of both ways")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser

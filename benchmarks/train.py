@@ -100,16 +100,16 @@ def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> It
     if compiled:
         net.encoder.compile()
     pixels, rest = pixels.to(device), torch.Generator(device).manual_seed(run.seed)
-    sgd = train.sgd(run, net)
+    optimizer, scaler = train.optimiser(run, net), train.grad_scaler(run, device)
     while True:
-        train.step(run, net, sgd, pixels, rest)
+        train.step(run, net, optimizer, pixels, rest, scaler)
         yield
 
 
 def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[None]:
     """The plain loop: a DataLoader over PerPicture, fp32, channels first."""
     net = train.build(run).to(device)
-    sgd = train.sgd(run, net)
+    sgd = train.optimiser(run, net)
     pictures = PerPicture(run, pixels)
     drawn = RandomSampler(pictures, replacement=True, num_samples=PREPARED * run.sources)
     loader = DataLoader(pictures, run.sources, sampler=drawn, num_workers=workers)

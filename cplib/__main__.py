@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from cplib import data, download, runs
+from cplib.config import PROFILES
 from cplib.readme import filled
 from cplib.sweep import ENGINES
 from cplib.workspace import ROOT, find_device
@@ -16,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cplib", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("notebooks", prog="./run_all.sh", allow_abbrev=False)
-    run.add_argument("--profile", default="demo", help="smoke, demo (default), quick or paper")
+    run.add_argument("--profile", default="demo", help="one of " + ", ".join(PROFILES))
     run.add_argument("--data", default="", help="folder in the MVTec layout (else $MVTEC_ROOT)")
     run.add_argument("--categories", default="", help="a,b: only these")
     run.add_argument("--seeds", type=int, default=0, help="how many (default: the profile's)")
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--out", required=True, help="CSV: file, score, threshold, defective")
     judge.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     page = commands.add_parser("report", help="write a profile's results as a page to start from")
-    page.add_argument("--profile", default="demo", help="smoke, demo (default), quick or paper")
+    page.add_argument("--profile", default="demo", help="one of " + ", ".join(PROFILES))
     page.add_argument("--results", default="", help="where they lie (default: results/PROFILE)")
     commands.add_parser("badges", help="write the notebooks' Colab badges and first cells")
     commands.add_parser("readme", help="write the README's tables from results/")

@@ -72,6 +72,7 @@ def keep_on_drive() -> str:
         except Exception as error:  # Colab's own kinds, among them a person's no
             return f"Results are lost when the session ends: no Drive ({error})."
         os.environ["CPLIB_RESULTS"] = str(DRIVE / "MyDrive" / "cutpaste")
+        os.environ.setdefault("CPLIB_CHECKPOINT_SECONDS", "300")  # Drive is slow
     folder = os.environ.get("CPLIB_RESULTS", ROOT / "results")
     return f"Results and checkpoints go to {folder}; another session goes on from there."
 

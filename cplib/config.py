@@ -50,12 +50,15 @@ SYNTHETIC = (
 BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageNet features
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", "cutpaste_3way")
 TRAINED = (*TABLE1, "cutout_mean", "cutout_color", "confetti", "cutpaste_union")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BACKBONES = ("resnet18", "efficientnet_b4", "efficientnet_lite0")
 
 
 LEAST = {"size": 8, "sources": 1, "stride": 1} | dict.fromkeys(
-    ("updates", "head_updates", "seed", "curve", "patch"), 0
+    ("updates", "head_updates", "seed", "curve", "crop", "window"), 0
 )
+# Fields of scoring alone: runs that differ only in these share one trained network.
+SCORING = ("l2_normalise", "reg_covar", "window", "stride", "gaussians", "heat_std")
 
 
 def named(name: str, values) -> str:
@@ -72,8 +75,8 @@ def named(name: str, values) -> str:
 class Run:
     """One experiment, whole. The defaults are the paper's protocol and never change their meaning.
 
-    Lengths of scars are in pixels of a 256-pixel picture and scale with ``size``. Where the paper
-    is silent (translate, jitter, head, covariance, aspect draw) the default is our choice.
+    Lengths of scars and confetti are in pixels of a 256-pixel image and scale with ``size``. Where
+    the paper is silent (translate, jitter, head, covariance, aspect) the default is our choice.
     """
 
     method: str
@@ -84,14 +87,19 @@ class Run:
     updates: int = 65_536  # 256 "epochs" of 256 updates (A.1, footnote 5)
     sources: int = 32  # source pictures a batch: 64 or 96 images with their copies (A.1)
     learning_rate: float = 0.03
-    momentum: float = 0.9
+    optimizer: str = "sgd"  # or "adamw"
+    momentum: float = 0.9  # of SGD
     weight_decay: float = 3e-5
+    warmup: float = 0.0  # share of the updates in which the learning rate climbs from 0
+    crop: int = 0  # side in pixels of the crops that training looks at (4.2: 64); 0: whole images
+    whole: float = 0.0  # share of the updates, the last ones, on whole images in spite of ``crop``
     backbone: str = "resnet18"
     init: str = "random"  # or "imagenet"
     head_updates: int = 0  # before the others, with the encoder left as it is (A.4)
     head_learning_rate: float = 0.03  # constant in those (A.4)
     freeze_batchnorm: bool = False  # keep the backbone's BatchNorm as the initialisation has it
     head: tuple[int, ...] = (512, 128)  # hidden widths of the projection head
+    head_batchnorm: bool = True  # after each hidden layer
     translate: float = 0.125  # largest shift of every picture, a share of its side
     jitter: tuple[float, ...] = (0.1, 0.1, 0.1, 0.0)  # of every picture: see augment.jitter
     area: tuple[float, float] = (0.02, 0.15)  # of the patch, a share of the picture (A.2)
@@ -100,15 +108,16 @@ class Run:
     scar_length: tuple[float, float] = (10, 25)
     scar_angle: float = 45.0  # degrees either way
     patch_jitter: float = 0.1  # of what is pasted (A.2)
-    confetti_strength: float = 0.5  # largest shift of a channel, in Table 4's confetti
+    confetti_side: tuple[float, float] = (9, 62)  # of Table 4's confetti, 8 to 54 of 224 in FCDD
+    confetti_blur: float = 5.7  # standard deviation; 5 of 224 in FCDD
     l2_normalise: bool = True  # features on the unit sphere before the Gaussian
     reg_covar: float = 1e-6  # added to the covariance's diagonal
-    patch: int = 0  # side of the patch model's crops in pixels (2.4); 0: whole pictures
-    stride: int = 4  # between the patches scored (A.5)
+    window: int = 0  # side in pixels of the windows scored, and of their kernel (A.5: 32); 0: whole
+    stride: int = 4  # between the windows (A.5)
     gaussians: str = "auto"  # "position": one for each place; "shared"; "auto": as in A.5
     heat_std: float = 10.0  # of the upsampling kernel, in pixels (FCDD's)
     curve: int = 0  # points on the way at which the test AUROC is noted (never used to choose)
-    precision: str = "auto"  # "fp32", "bf16", or bf16 where the hardware multiplies in it
+    precision: str = "auto"  # of training: fp32, bf16, fp16, or what the machine is best at
 
     def __post_init__(self):
         """Turn lists into tuples (as JSON gives them) and refuse what cannot be run."""
@@ -125,7 +134,8 @@ class Run:
         _one_of("backbone", self.backbone, BACKBONES)
         _one_of("init", self.init, ("random", "imagenet"))
         _one_of("gaussians", self.gaussians, ("auto", "position", "shared"))
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("optimizer", self.optimizer, ("sgd", "adamw"))
         for name, least in LEAST.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}")
@@ -138,6 +148,17 @@ class Run:
     def id(self) -> str:
         """Readable slug and a short hash of every field that differs from its default."""
         return named(f"{self.method}-{self.category}-seed{self.seed}", self)
+
+    @property
+    def training_id(self) -> str:
+        """As ``id``, of the fields that training depends on."""
+        return replace(self, **{name: getattr(Run, name) for name in SCORING}).id
+
+    @property
+    def stream(self) -> int:
+        """Seed of the run's random numbers: another for each method and category."""
+        text = f"{self.seed}/{self.method}/{self.category}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
     @property
     def per_position(self) -> bool:
@@ -191,11 +212,18 @@ class Sensitivity:
     )
 
 
+# The patch model trains on crops of 64 px (4.2) and scores windows of 32 px (A.5).
+PATCH = {"crop": 64, "window": 32}
+
 # The head alone for 10 "epochs", then all layers for 64, 24 images a batch (A.4).
 FINETUNE = {
     "backbone": "efficientnet_b4",
     "init": "imagenet",
     "freeze_batchnorm": True,
+    "optimizer": "sgd",
+    "warmup": 0.0,
+    "crop": 0,
+    "head_batchnorm": True,
     "head_updates": 2560,
     "updates": 16_384,
     "sources": 8,
@@ -225,11 +253,12 @@ class Profile:
     other_seeds: int  # of every other method
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
     ablation: tuple[str, ...] = ()  # categories of Tables 3 to 6; empty: all
-    patch: dict = field(default_factory=lambda: {"patch": 64})  # the patch model's fields
+    patch: dict = field(default_factory=lambda: PATCH)  # the patch model's fields
     pretrained_backbone: str = "resnet18"
     finetune: dict = field(default_factory=lambda: FINETUNE)  # Table 3's fields of Run
     sensitivity: Sensitivity = Sensitivity()
     anomaly: dict = field(default_factory=dict)  # Table 6's fields of synthetic.Anomaly
+    cut_short: int = 0  # updates of the paper's schedule that stand beside (notebook 09); 0: none
 
     def runs(self, methods=None, categories=None, seeds=None, **changes) -> list[Run]:
         """The profile's runs, or those of the methods, categories and number of seeds named."""
@@ -257,7 +286,7 @@ class Profile:
 
     def _patch(self, run: Run) -> dict:
         """The patch model's fields; for a baseline those of scoring alone."""
-        names = ("patch", "stride", "gaussians", "heat_std")
+        names = ("window", "stride", "gaussians", "heat_std")
         bare = run.method in BASELINES
         return {k: v for k, v in self.patch.items() if k in names or not bare}
 
@@ -287,6 +316,31 @@ class Profile:
         return replace(bare, backbone=run.backbone)
 
 
+# A schedule made for few flops, from scratch: chosen without a test image (notebook 09).
+FEW_FLOPS = {
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "warmup": 0.1,
+    "crop": 128,
+    "head_batchnorm": False,
+    "sources": 16,
+}
+
+QUICK = Profile(
+    name="quick",
+    dataset="mvtec",
+    categories=CATEGORIES,
+    methods=BASELINES + TABLE1,
+    seeds=3,
+    other_seeds=3,
+    protocol=FEW_FLOPS | {"updates": 320, "curve": 4},
+    # A quarter of the paper's positions. Crops of 64 px cost a quarter of those of 128.
+    patch=PATCH | {"stride": 8, "updates": 640},
+    finetune=FINETUNE_SHORT,
+    sensitivity=Sensitivity(categories=("screw", "transistor")),
+    cut_short=100,
+)
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -298,7 +352,7 @@ PROFILES = {
             seeds=2,
             other_seeds=1,
             protocol={"size": 64, "updates": 2, "sources": 4},
-            patch={"patch": 32, "stride": 16},
+            patch={"crop": 32, "window": 32, "stride": 16},
             pretrained_backbone="efficientnet_lite0",
             anomaly={"least": 1},
             finetune=FINETUNE_SHORT | {"head_updates": 1, "updates": 1, "sources": 4},
@@ -323,7 +377,7 @@ PROFILES = {
             other_seeds=1,
             protocol={"size": 128, "updates": 80, "sources": 16},
             ablation=("gear",),
-            patch={"patch": 32, "stride": 8},
+            patch={"crop": 32, "window": 32, "stride": 8},
             pretrained_backbone="efficientnet_lite0",
             finetune=FINETUNE_SHORT,
             sensitivity=Sensitivity(
@@ -331,29 +385,14 @@ PROFILES = {
             ),
             anomaly={"least": 20},
         ),
-        Profile(
-            name="quick",
-            dataset="mvtec",
-            categories=CATEGORIES,
-            methods=BASELINES + TABLE1,
-            seeds=2,
+        QUICK,
+        # As quick, 13 times as long: an hour or two of a CPU core a run.
+        replace(
+            QUICK,
+            name="long",
             other_seeds=1,
-            # A sixteenth of the paper's positions, for a CPU's sake; crops are small, so more
-            # updates cost little.
-            patch={"patch": 64, "stride": 16, "updates": 200},
-            finetune=FINETUNE_SHORT,
-            # The shortest schedule whose AUROC is not below that of three times the updates
-            # (notebook 09, the curves): longer, screw falls again and transistor gains little.
-            protocol={
-                "head_updates": 40,
-                "updates": 40,
-                "sources": 16,
-                "learning_rate": 0.001,
-                "init": "imagenet",
-                "freeze_batchnorm": True,
-                "curve": 2,
-            },
-            sensitivity=Sensitivity(categories=("screw", "transistor")),
+            protocol=QUICK.protocol | {"updates": 4096, "curve": 8},
+            cut_short=0,
         ),
         Profile(
             name="paper",
@@ -362,6 +401,7 @@ PROFILES = {
             methods=BASELINES + TABLE1,
             seeds=5,
             other_seeds=5,
+            protocol={"precision": "fp16"},  # every GPU since 2017 multiplies in it
             sensitivity=Sensitivity(seeds=5),
         ),
     )

@@ -18,23 +18,14 @@ from torch import Tensor
 from cplib import data, train
 from cplib.config import Run
 from cplib.density import FewGaussians, Gaussian, l2_normalise, moments
-from cplib.localize import gradcam, patch_features, positions
+from cplib.localize import gradcam, positions, window_features
 from cplib.metrics import f1_max
 from cplib.model import PretextNet, embed
 from cplib.runs import BROKEN, heat_maps, trained
 
-VERSION = 2  # of what is saved
+VERSION = 3  # of what is saved
 TENSORS, RECORD = "detector.safetensors", "detector.json"
 GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is pictured
-# Fields of a run that say nothing of its training, or only on which machine it was.
-AFTERWARDS = {
-    "l2_normalise": True,
-    "reg_covar": 0.0,
-    "gaussians": "auto",
-    "stride": 1,
-    "heat_std": 0.0,
-    "precision": "auto",
-}
 LARGEST = 4096  # pixels a side: a record cannot ask for all the memory
 CHUNK = 32  # pictures whose pixels and features are in memory at once while scoring
 Pictures = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
@@ -120,7 +111,7 @@ class Detector:
         options = {"device": device, "weights": weights}
         if net is None and trained(run):
             digest = _digest(good)
-            part = folder / f".{run.id}-{digest[:8]}.safetensors"
+            part = folder / f".{run.training_id}-{digest[:8]}.safetensors"
             limits = {"checkpoint": part, "deadline": deadline}
             net = _network(folder, run, digest) or train.fit(run, good, **limits, **options)[0]
         detector = cls.fit(run, good, bad, net=net, quantile=quantile, **options)
@@ -139,8 +130,8 @@ class Detector:
         ValueError for a whole-picture model that GradCAM has no answer for: one without training.
         """
         pixels = as_pixels(self.run, pictures)
-        if self.run.patch:
-            rows, columns = positions(*pixels.shape[2:], self.run.patch, self.run.stride)
+        if self.run.window:
+            rows, columns = positions(*pixels.shape[2:], self.run.window, self.run.stride)
             return heat_maps(self.run, self._places(pixels).view(-1, rows, columns).float())
         if not trained(self.run) or not hasattr(self.net.encoder, "layer4"):
             raise ValueError("no heat maps without patches: GradCAM needs a trained ResNet")
@@ -212,8 +203,8 @@ def name_of(folder: str | Path) -> str:
 
 
 def _fixed(run: Run, device: str | torch.device) -> Run:
-    """With the precision said: another machine's choice of bf16 would shift the features."""
-    return replace(run, precision="bf16" if train.uses_bf16(run, device) else "fp32")
+    """With the precision of its training named: machines choose differently."""
+    return replace(run, precision=train.precision(run, device))
 
 
 def _checked_pictures(run: Run, good: Pictures, bad: Pictures, quantile: float) -> tuple:
@@ -234,7 +225,7 @@ def _network(folder: Path, run: Run, digest: str) -> PretextNet | None:
     try:
         record = json.loads((folder / RECORD).read_text())
         there = Run.from_dict(record["run"])
-        same = replace(there, **AFTERWARDS) == replace(run, **AFTERWARDS)
+        same = replace(there, precision=run.precision).training_id == run.training_id
         if same and record["data"]["sha256"] == digest:
             return Detector.load(folder).net
     except BROKEN:
@@ -244,7 +235,7 @@ def _network(folder: Path, run: Run, digest: str) -> PretextNet | None:
 
 def by_place(run: Run) -> bool:
     """Whether each place of a picture has its own Gaussian (A.5)."""
-    return bool(run.patch) and run.per_position
+    return bool(run.window) and run.per_position
 
 
 def as_pixels(run: Run, pictures: Pictures) -> Tensor:
@@ -262,12 +253,10 @@ def as_pixels(run: Run, pictures: Pictures) -> Tensor:
 
 def features(run: Run, net: PretextNet, pixels: Tensor) -> Tensor:
     """Features (N, P, D) on the net's device: one a picture, or one a place of the patch model."""
-    device = net.pixel_mean.device
-    if run.patch:
-        bf16 = train.uses_bf16(run, device)
-        z = patch_features(net, pixels, patch=run.patch, stride=run.stride, bf16=bf16)
+    if run.window:
+        z = window_features(net, pixels, window=run.window, stride=run.stride)
     else:
-        z = embed(net, pixels).to(device)[:, None]
+        z = embed(net, pixels).to(net.pixel_mean.device)[:, None]
     z = z.flatten(1, -2)
     return l2_normalise(z) if run.l2_normalise else z
 
@@ -411,8 +400,8 @@ def _expected(run: Run, counts: dict) -> dict[str, Tensor]:
     width, n = net.head[0].in_features, counts["good"]
     shapes = {"mean": (width,), "factor": (width, width), "good": (n,), "bad": (counts["bad"],)}
     few = {}
-    if run.patch:
-        places = math.prod(positions(run.size, run.size, run.patch, run.stride))
+    if run.window:
+        places = math.prod(positions(run.size, run.size, run.window, run.stride))
     if by_place(run):
         if not run.reg_covar > 0:
             raise ValueError(f"reg_covar is {run.reg_covar}")

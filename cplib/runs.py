@@ -18,15 +18,23 @@ import sklearn
 import torch
 import torchvision
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cplib import data
 from cplib.config import Run
 from cplib.density import Gaussian, l2_normalise
-from cplib.localize import patch_maps, upsample
+from cplib.localize import upsample, window_scores
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed, weights_digest, weights_file
-from cplib.train import build, cpu_capabilities, fit, images, uses_bf16
+from cplib.train import (
+    build,
+    device_name,
+    fit,
+    images,
+    network_state,
+    read_checkpoint,
+    total_updates,
+)
 
 RECORD_VERSION = 1
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
@@ -93,18 +101,18 @@ def execute(
 
 
 def checkpoint_file(run: Run, results: str | Path) -> Path:
-    """Where the run's training is kept until it is done."""
-    return Path(results) / "checkpoints" / f"{run.id}.safetensors"
+    """Where the run's training is kept: runs that differ only in how they score share it."""
+    return Path(results) / "checkpoints" / f"{run.training_id}.safetensors"
 
 
 def tidy(run: Run, results: str | Path) -> None:
-    """Remove the checkpoints of a finished run, and what killed processes left of it."""
-    name = glob.escape(run.id)
-    parts = [*Path(results).glob(f"runs/.part-{name}-*")]
-    for left in [*Path(results).glob(f"checkpoints/{name}.*"), *parts]:
+    """Remove what killed processes left of a finished run; its checkpoint stays, to be scored."""
+    results, file = Path(results), checkpoint_file(run, results)
+    parts = [*results.glob(f"runs/.part-{glob.escape(run.id)}-*")]
+    for left in [*parts, *file.parent.glob(f"{glob.escape(file.stem)}.*")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-        else:
+        elif left != file:
             with contextlib.suppress(OSError):  # a folder that is read-only keeps it
                 left.unlink()
 
@@ -116,12 +124,13 @@ def _execute(run, results, data_root, device, weights, deadline) -> None:
     def watch(net: PretextNet) -> dict:
         return {k: v for k, v in assess(run, net, train, test)[1].items() if k.endswith("auroc")}
 
+    checkpoint = checkpoint_file(run, results)
     if trained(run):
         net, history = fit(
             run,
             train.pixels,
             device,
-            checkpoint=checkpoint_file(run, results),
+            checkpoint=checkpoint,
             deadline=deadline,
             weights=weights,
             watch=watch,
@@ -129,25 +138,25 @@ def _execute(run, results, data_root, device, weights, deadline) -> None:
     else:
         net, history = build(run, weights).to(device).eval(), pd.DataFrame()
     scores, metrics, maps = assess(run, net, train, test)
-    record = describe(run, train, test, history, device, weights)
-    _write(run_folder(run, results), net, record, history, test, scores, metrics, maps)
+    about = read_checkpoint(checkpoint)[0] if trained(run) else {}
+    record = describe(run, train, test, history, about, device, weights)
+    _write(run_folder(run, results), record, history, test, scores, metrics, maps)
 
 
 def assess(run: Run, net: PretextNet, train: data.Images, test: data.Images) -> tuple:
     """Scores (N,) of the test pictures, the run's metrics, and a patch model's maps, else None."""
-    if not run.patch:
+    if not run.window:
         scores = score(run, net, train.pixels, test.pixels)
         return scores, image_metrics(test.labels, scores), None
-    maps = patch_maps(
+    maps = window_scores(
         net,
         train.pixels,
         test.pixels,
-        patch=run.patch,
+        window=run.window,
         stride=run.stride,
         per_position=run.per_position,
         reg_covar=run.reg_covar,
         l2=run.l2_normalise,
-        bf16=uses_bf16(run, net.pixel_mean.device),
     )
     scores = maps.amax((1, 2))
     heat = heat_maps(run, maps)
@@ -162,17 +171,17 @@ def located(run: Run, test: data.Images, heat: torch.Tensor) -> dict:
 
 def trained(run: Run) -> bool:
     """Whether anything is trained in the run."""
-    return run.head_updates + run.updates > 0
+    return total_updates(run) > 0
 
 
 def load_model(run: Run, results: str | Path, weights: str | Path | None = None) -> PretextNet:
-    """The network of a finished run: from its ``model.safetensors``, or built where none is."""
+    """The network of a finished run: from its checkpoint, or built where nothing is trained."""
     if not trained(run):
         return build(run, weights).eval()
     net = build(replace(run, init="random", freeze_batchnorm=False))
-    file = run_folder(run, results) / "model.safetensors"
+    file = checkpoint_file(run, results)
     try:
-        net.load_state_dict(load_file(file))
+        net.load_state_dict(network_state(read_checkpoint(file)[1]))
     except (SafetensorError, RuntimeError) as error:
         reason = f"expected the run's tensors ({type(error).__name__})"
         raise ValueError(f"{file}: {reason}") from None
@@ -182,7 +191,7 @@ def load_model(run: Run, results: str | Path, weights: str | Path | None = None)
 def heat_maps(run: Run, maps: torch.Tensor) -> torch.Tensor:
     """A patch model's scores (N, rows, columns) as heat maps (N, size, size)."""
     size = (run.size, run.size)
-    return upsample(maps, size, patch=run.patch, stride=run.stride, std=run.heat_std)
+    return upsample(maps, size, window=run.window, stride=run.stride, std=run.heat_std)
 
 
 def score(
@@ -195,17 +204,20 @@ def score(
     return Gaussian.fit(z, reg_covar=run.reg_covar).score(z_test)
 
 
-def describe(run, train, test, history, device, weights) -> dict:
-    """The record of a run: its fields, and the machine, code, data and weights behind it."""
+def describe(run, train, test, history, about, device, weights) -> dict:
+    """The record of a run: its fields, and the machine, code, data and weights behind it.
+
+    Device and precision are the training's (``about``: see ``provenance``); scores are fp32.
+    """
     seconds = round(float(history["seconds"].iloc[-1]), 2) if len(history) else 0.0
     file = weights_file(run.backbone, weights) if run.init == "imagenet" else None
     return {
         "version": RECORD_VERSION,
         "run": asdict(run),
         "environment": environment(),
-        "device": device_name(device),
+        "device": about.get("device_name") or device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if (trained(run) or run.patch) and uses_bf16(run, device) else "fp32",
+        "precision": about.get("precision", "fp32"),
         "git_commit": git_commit(),
         "data": {"train": data.fingerprint(train), "test": data.fingerprint(test)},
         "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,
@@ -220,13 +232,6 @@ def environment() -> dict:
     return versions | {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)}
 
 
-def device_name(device: torch.device) -> str:
-    """The device in words: a GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {cpu_capabilities().get('cpu_name') or platform.machine()}"
-
-
 def git_commit() -> str | None:
     """The commit of the code that runs, marked "-dirty" where edited; None outside git."""
     here = Path(__file__).parent
@@ -235,7 +240,7 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
+def _write(folder, record, history, test, scores, metrics, maps) -> None:
     """Write a run's folder under a temporary name, then rename it: complete or not there."""
     part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
     try:
@@ -246,9 +251,6 @@ def _write(folder, net, record, history, test, scores, metrics, maps) -> None:
         history.to_csv(part / "history.csv", index=False, float_format="%.6g")
         write_json(part / "metrics.json", metrics)
         write_json(part / "run.json", record)
-        if len(history):
-            state = {k: v.contiguous() for k, v in net.state_dict().items()}
-            save_file(state, part / "model.safetensors")
         if maps is not None:
             save_file({"maps": maps.contiguous()}, part / "maps.safetensors")
         with contextlib.suppress(OSError):  # some shared drives know no modes
@@ -367,6 +369,7 @@ def rerun(
     TOLERANCE of their spread. Raises ValueError where the data are not the stored run's.
     """
     run, record, _ = read(folder)
+    run = replace(run, precision=record["precision"])
     options = {"data_root": data_root, "device": device, "weights": weights}
     for split, stored in record["data"].items():
         if data.fingerprint(data.load(data_root, run.category, split, run.size)) != stored:

@@ -20,6 +20,7 @@ from cplib.runs import collect, execute, run_folder, tidy
 from cplib.train import OutOfTime, images
 
 ENGINES = ("local", "ray")
+GPU_BYTES = 10 * 2**30  # a run's at most: 96 images of 256 px in fp32
 RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
 
 
@@ -47,14 +48,13 @@ def execute_all(
     weights: str | Path | None = None,
     threads: int = 1,
     jobs: int | None = None,
-    gpu_share: float = 0.25,
     budget: float | None = None,
 ) -> list[Outcome]:
     """Execute the runs that are missing; the outcomes come in the order of ``runs``.
 
     ``engine`` "local" runs ``jobs`` at a time on this machine (on a CPU one for ``threads``
-    cores); "ray" sends them to the cluster at $RAY_ADDRESS, or one started here, each with
-    ``gpu_share`` of a GPU; data and results must lie where every node finds them. After ``budget``
+    cores, on a GPU as many as its memory holds); "ray" sends them to the cluster at $RAY_ADDRESS,
+    or one started here; data and results must lie where every node finds them. After ``budget``
     seconds what runs is checkpointed and the rest left for another call. A run that fails does not
     stop the others.
     """
@@ -67,7 +67,7 @@ def execute_all(
     options = {k: v and Path(v).resolve() for k, v in folders.items()} | {"device": device}
     options |= {"threads": threads, "deadline": None if budget is None else time.time() + budget}
     if engine == "ray":
-        work = _on_ray(todo, options, gpu_share if torch.device(device).type == "cuda" else 0)
+        work = _on_ray(todo, options)
     else:
         work = _on_joblib(todo, options, min(jobs or _jobs(device, threads), len(todo)))
     bar = tqdm(work, total=len(todo), desc="runs", disable=not todo, file=sys.stdout)
@@ -81,7 +81,11 @@ def _jobs(device: str, threads: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if asked := os.environ.get("CPLIB_JOBS"):
         return max(1, int(asked))
-    return 1 if torch.device(device).type == "cuda" else max(1, cores // threads)
+    if torch.device(device).type != "cuda":
+        return max(1, cores // threads)
+    if not torch.cuda.is_available():  # the head of a Ray cluster may have none
+        return 1
+    return max(1, torch.cuda.get_device_properties(device).total_memory // GPU_BYTES)
 
 
 def _on_joblib(todo: list[Run], options: dict, jobs: int) -> Iterator[Outcome]:
@@ -99,7 +103,7 @@ def _on_joblib(todo: list[Run], options: dict, jobs: int) -> Iterator[Outcome]:
             )
 
 
-def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcome]:
+def _on_ray(todo: list[Run], options: dict) -> Iterator[Outcome]:
     """Outcomes as a Ray cluster delivers them; Ray itself sends a lost node's runs elsewhere."""
     try:
         import ray
@@ -108,7 +112,9 @@ def _on_ray(todo: list[Run], options: dict, gpu_share: float) -> Iterator[Outcom
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    needs = {"num_cpus": options["threads"], "num_gpus": gpu_share, "max_retries": RETRIES}
+    needs = {"num_cpus": options["threads"], "max_retries": RETRIES}
+    if torch.device(options["device"]).type == "cuda":
+        needs["num_gpus"] = 1 / _jobs(options["device"], options["threads"])
     remote = ray.remote(**needs)(attempt)
     waiting = {remote.remote(run, **options): run for run in todo}
     while waiting:
@@ -143,12 +149,12 @@ def _line(error: Exception) -> str:
 def estimate(runs: list[Run], results: str | Path, device_name: str) -> pd.DataFrame:
     """What the missing runs cost: a row a method with runs, images and hours of one device.
 
-    The rate is the median of the finished runs of this backbone, size of picture and patch on that
+    The rate is the median of the finished runs of this backbone, size of image and crop on that
     device; runs without one count no hours.
     """
     done = collect(results)
     done = done[done["images_per_second"].notna() & (done["device"] == device_name)]
-    kind = ["backbone", "size", "patch"]
+    kind = ["backbone", "size", "crop"]
     rates = done.groupby(kind)["images_per_second"].median()
     rows = [
         {

@@ -10,6 +10,7 @@ from cplib import records, runs, sensitivity, sweep
 from cplib.config import BASELINES, TABLE1, Run
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.published import against_paper, in_order, save_table
+from cplib.schedule import cut_short
 from cplib.workspace import Workspace
 
 CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
@@ -41,7 +42,8 @@ class Table:
 
 def all_runs(workspace: Workspace) -> list[Run]:
     """Every run behind every table, each once, in the order in which they are wanted."""
-    return list(dict.fromkeys(run for t in TABLES.values() for run in t.planned(workspace)))
+    planned = [run for table in TABLES.values() for run in table.planned(workspace)]
+    return list(dict.fromkeys(planned + cut_short(workspace.profile, workspace.categories)))
 
 
 def estimate(workspace: Workspace) -> pd.DataFrame:
@@ -82,6 +84,8 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     done = [r for r in trained if runs.run_folder(r, workspace.results).exists()]
     run = next(iter(done + trained), None)
     note = workspace.protocol(run, table.seeds(workspace)) + table.note(workspace, values)
+    used = {runs.read(runs.run_folder(r, workspace.results))[1]["precision"] for r in done}
+    note += f" Trained in {' and '.join(sorted(used))}, scored in fp32." if used else ""
     save_table(tidy, workspace.results, name, note, down=table.down)
     return tidy
 

@@ -1,8 +1,11 @@
 """Pretext training (section 2.1, A.1): one flat loop, visible and resumable."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,11 +18,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from cplib import augment
-from cplib.config import BASELINES, Run
+from cplib.config import BASELINES, PRECISIONS, Run
 from cplib.model import PretextNet
 
-CHECKPOINT_SECONDS = 30
 HISTORY_ROWS = 100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
 
 
 class OutOfTime(Exception):
@@ -30,24 +34,44 @@ def build(run: Run, weights: str | Path | None = None) -> PretextNet:
     """The run's network as it starts, the same for the same seed, global random state untouched."""
     classes = 2 if run.method in BASELINES else len(augment.METHODS[run.method])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.stream)
         return PretextNet(
             classes,
             backbone=run.backbone,
             init=run.init,
             head=run.head,
+            head_batchnorm=run.head_batchnorm,
             freeze_batchnorm=run.freeze_batchnorm,
             weights=weights,
         )
 
 
-def uses_bf16(run: Run, device: str | torch.device) -> bool:
-    """Whether to train in bf16: as the run says, or where the hardware multiplies in it."""
-    if run.precision != "auto":
-        return run.precision == "bf16"
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(cpu_capabilities().get("amx_bf16", False))
+def precision(run: Run, device: str | torch.device) -> str:
+    """What the run trains in on this machine: "fp32", "bf16" or "fp16".
+
+    What the run says; for "auto" what $CPLIB_PRECISION says, else bf16 where the hardware
+    multiplies in it, fp16 on a GPU with tensor cores but without bf16 (T4, V100), else fp32.
+    """
+    asked = run.precision
+    if asked == "auto":
+        asked = os.environ.get("CPLIB_PRECISION") or "auto"
+    if asked not in PRECISIONS:
+        raise ValueError(f"unknown CPLIB_PRECISION {asked!r}: one of {', '.join(PRECISIONS)}")
+    if asked != "auto":
+        return asked
+    if torch.device(device).type != "cuda":
+        found = cpu_capabilities()
+        return "bf16" if any(found.get(name) for name in BF16_CPUS) else "fp32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: a GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {cpu_capabilities().get('cpu_name') or platform.machine()}"
 
 
 def cpu_capabilities() -> dict:
@@ -72,27 +96,33 @@ def options(run: Run) -> dict[str, dict]:
         "cutpaste_scar": scar,
         "cutpaste_union": {"patch": patch, "thin": scar},
         "cutout": plain,
-        "confetti": plain | {"strength": run.confetti_strength},
+        "confetti": {
+            "side": tuple(scale * v for v in run.confetti_side),
+            "blur": scale * run.confetti_blur,
+        },
         "scar": line,
     }
 
 
 def learning_rate(run: Run, update: int) -> float:
-    """One cosine cycle from ``run.learning_rate`` to nothing (A.1), after the head alone (A.4)."""
+    """One cosine cycle from ``run.learning_rate`` to nothing (A.1), after the head alone (A.4).
+
+    Where the run has a warm-up, the rate first climbs in proportion to the updates done.
+    """
     if update < run.head_updates:
         return run.head_learning_rate
-    share = (update - run.head_updates) / run.updates
-    return run.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    done = update - run.head_updates
+    climb = min(1.0, (done + 1) / max(1.0, run.warmup * run.updates))
+    return climb * run.learning_rate * (1 + math.cos(math.pi * done / run.updates)) / 2
 
 
-def sgd(run: Run, net: PretextNet) -> torch.optim.SGD:
-    """The run's optimiser over what is not frozen (A.1)."""
-    return torch.optim.SGD(
-        [p for p in net.parameters() if p.requires_grad],
-        lr=run.learning_rate,
-        momentum=run.momentum,
-        weight_decay=run.weight_decay,
-    )
+def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
+    """The run's optimiser over what is not frozen: SGD with momentum (A.1), or AdamW."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    rates = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **rates)
+    return torch.optim.SGD(parameters, momentum=run.momentum, **rates)
 
 
 def fit(
@@ -109,22 +139,25 @@ def fit(
 
     Returns the network after the last update and its history: update, loss, accuracy, learning
     rate and seconds, with what ``watch`` returns at the ``run.curve`` points. With ``checkpoint``,
-    a file, training goes on from it and writes it every half minute; past ``deadline`` (seconds
-    since the epoch) it is written and OutOfTime raised.
+    a file, training resumes from it and writes it every $CPLIB_CHECKPOINT_SECONDS (default 30) and
+    after the last update; past ``deadline`` (seconds since the epoch) it is written and OutOfTime
+    raised.
     """
     net = build(run, weights).to(device, memory_format=torch.channels_last)
-    optimizer = sgd(run, net)
-    generator = torch.Generator(device).manual_seed(run.seed)
-    update, history, sums = resume(checkpoint, run, net, optimizer, generator)
+    optimizer = optimiser(run, net)
+    generator = torch.Generator(device).manual_seed(run.stream)
+    scaler = grad_scaler(run, device)
+    parts = net, optimizer, generator, scaler
+    about = provenance(run, pixels, device)
+    total = total_updates(run)
+    update, history, sums = resume(checkpoint, about, total, *parts)
     pixels, points = pixels.to(device), _marks(run, run.curve)
     rows = _marks(run, HISTORY_ROWS) | points
+    interval = float(os.environ.get("CPLIB_CHECKPOINT_SECONDS") or 30)
     started = saved = time.time() - (history[-1]["seconds"] if history else 0)
-    total = run.head_updates + run.updates
     while update < total:
-        optimizer.param_groups[0]["lr"] = learning_rate(run, update)
-        head_only = update < run.head_updates
         with _seeded(run, update, pixels.device):
-            sums += step(run, net, optimizer, pixels, generator, head_only=head_only)
+            sums += step(run, net, optimizer, pixels, generator, scaler, update)
         update += 1
         if update in rows:
             row = _row(update, history, sums, optimizer, time.time() - started)
@@ -132,8 +165,8 @@ def fit(
             history.append(row | (watch(net) if watch and update in points else {}))
             started += time.time() - noted  # what is noted on the way is not training time
         late = deadline is not None and time.time() > deadline
-        if checkpoint and (late or time.time() - saved > CHECKPOINT_SECONDS):
-            save(checkpoint, run, net, optimizer, generator, update, history, sums)
+        if checkpoint and (late or update == total or time.time() - saved > interval):
+            save(checkpoint, about, total, update, history, sums, *parts)
             saved = time.time()
         if late and update < total:
             raise OutOfTime(f"{run.id}: {update} of {total} updates done")
@@ -144,13 +177,13 @@ def fit(
 def _seeded(run: Run, update: int, device: torch.device):
     """EfficientNet-B4 drops layers at random, by torch's global state: set here, and put back."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((run.seed << 32) + update)
+        torch.manual_seed((run.stream << 32) + update)
         yield
 
 
 def _marks(run: Run, n: int) -> set[int]:
     """At most n updates, evenly spaced, the last among them."""
-    return {math.ceil((run.head_updates + run.updates) * i / n) for i in range(1, n + 1)}
+    return {math.ceil(total_updates(run) * i / n) for i in range(1, n + 1)}
 
 
 def _row(update, history, sums, optimizer, seconds) -> dict:
@@ -162,37 +195,60 @@ def _row(update, history, sums, optimizer, seconds) -> dict:
     return row | {"seconds": seconds}
 
 
-def step(run, net, optimizer, pixels, generator, *, head_only: bool = False) -> torch.Tensor:
-    """One update; returns the loss and the accuracy on its batch, (2,).
+def grad_scaler(run: Run, device: str | torch.device) -> torch.amp.GradScaler:
+    """Scales the loss where training is in fp16, whose small gradients would be 0; else idle."""
+    fp16 = precision(run, device) == "fp16"
+    return torch.amp.GradScaler(torch.device(device).type, enabled=fp16)
 
-    With ``head_only`` the encoder stays as it is, its BatchNorm too (the first phase of A.4).
+
+def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> torch.Tensor:
+    """Update number ``update``, from 0; returns the loss and the accuracy on its batch, (2,).
+
+    In the first ``run.head_updates`` the encoder stays as it is, its BatchNorm too (A.4).
     """
-    device = pixels.device
+    device, head_only = pixels.device, update < run.head_updates
+    optimizer.param_groups[0]["lr"] = learning_rate(run, update)
     net.train()
     if head_only:
         net.encoder.eval()
     with torch.no_grad():
-        images, labels = draw(run, pixels, generator)
+        images, labels = draw(run, pixels, generator, crop_side(run, update))
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(run, device)):
+    dtype = DTYPES[precision(run, device)]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         with torch.set_grad_enabled(not head_only):
             features = net.features(images)
         logits = net.head(features)
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+
+
+def total_updates(run: Run) -> int:
+    """Updates of both phases."""
+    return run.head_updates + run.updates
 
 
 def images(run: Run) -> int:
     """Images that the run's training looks at: updates x sources x classes."""
-    updates = run.head_updates + run.updates
-    return updates * run.sources * len(augment.METHODS.get(run.method, ()))
+    return total_updates(run) * run.sources * len(augment.METHODS.get(run.method, ()))
 
 
-def draw(run: Run, pixels: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of the pretext task: pictures drawn, shifted, jittered, then cut and pasted.
+def crop_side(run: Run, update: int) -> int:
+    """Side in pixels of the crops that an update looks at; 0 for whole images."""
+    return run.crop if update < total_updates(run) - round(run.whole * run.updates) else 0
+
+
+def draw(
+    run: Run, pixels: torch.Tensor, generator, crop: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of the pretext task: images drawn, shifted, jittered, then cut and pasted.
+
+    With ``crop``, a side in pixels, a crop of each image takes its place before anything is pasted:
+    the anomaly lies in the crop (eq. 3).
 
     Sources are drawn without replacement, or with it where the category has too few.
     """
@@ -202,21 +258,35 @@ def draw(run: Run, pixels: torch.Tensor, generator) -> tuple[torch.Tensor, torch
     else:
         index = torch.randint(n, (run.sources,), generator=generator, device=device)
     x = augment.translate(pixels[index], generator, share=run.translate)
-    if run.patch:  # cropped before anything is pasted: the defect lies in the crop (eq. 3)
-        x = augment.crop(x, generator, side=run.patch)
+    if crop:
+        x = augment.crop(x, generator, side=crop)
     x = x.float() / 255
     x = augment.jitter(x, generator, strength=run.jitter)
     return augment.pretext_batch(x, run.method, generator, options(run))
 
 
-def save(path, run, net, optimizer, generator, update, history, sums) -> None:
-    """Write all that training needs to go on as if nothing had happened; whole or not at all."""
+def provenance(run: Run, pixels: torch.Tensor, device: str | torch.device) -> dict[str, str]:
+    """What a checkpoint says of itself: the training, its images, device and precision."""
+    return {
+        "run": run.training_id,
+        "data": hashlib.sha256(pixels.cpu().contiguous().numpy()).hexdigest()[:16],
+        "device": torch.device(device).type,
+        "device_name": device_name(torch.device(device)),
+        "precision": precision(run, device),
+    }
+
+
+def save(path, about, total, update, history, sums, net, optimizer, generator, scaler) -> None:
+    """Write all that training needs to resume as if nothing had happened; whole or not at all.
+
+    After the last update, ``total``, the optimiser's state is left out: half the file or more.
+    """
     tensors = {f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors[f"momentum.{i}"] = state["momentum_buffer"].contiguous()
+    for i, state in optimizer.state_dict()["state"].items() if update < total else ():
+        tensors |= {f"optimizer.{i}.{k}": v.contiguous() for k, v in state.items()}
     tensors |= {"generator": generator.get_state(), "sums": sums}
-    meta = {"run": run.id, "update": str(update), "history": json.dumps(history)}
-    meta["device"] = generator.device.type
+    meta = about | {"update": str(update), "history": json.dumps(history)}
+    meta["scaler"] = json.dumps(scaler.state_dict())
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -228,35 +298,49 @@ def save(path, run, net, optimizer, generator, update, history, sums) -> None:
         raise OSError(f"cannot write the checkpoint {path}: {error}") from error
 
 
-def resume(path, run, net, optimizer, generator) -> tuple[int, list, torch.Tensor]:
-    """Go on from a checkpoint: updates done, history and running sums; a fresh start without one.
+def read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a checkpoint says of itself, and its tensors. Raises SafetensorError or OSError."""
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {"run": "another program"}
+        return meta, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
-    A checkpoint that cannot be read is set aside with a warning line, and training starts afresh.
+
+def network_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The network's part of a checkpoint's tensors."""
+    return {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
+
+
+def resume(path, about, total, net, optimizer, generator, scaler) -> tuple[int, list, torch.Tensor]:
+    """Resume from a checkpoint: updates done, history and running sums; a fresh start without one.
+
+    A checkpoint that cannot be read is set aside, and one of other images is left; unless all its
+    ``total`` updates are done, so is one of another device or precision. A line says so, and
+    training starts afresh.
     """
-    device = next(net.parameters()).device
-    fresh = 0, [], torch.zeros(2, device=device)
+    fresh = 0, [], torch.zeros(2, device=generator.device)
     if path is None or not Path(path).exists():
         return fresh
     try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {"run": "another program"}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        meta, tensors = read_checkpoint(path)
     except (SafetensorError, OSError) as error:
         with contextlib.suppress(FileNotFoundError):  # another process finished the run
             Path(path).replace(Path(path).with_suffix(".broken"))
         print(f"{path}: not a checkpoint ({error}); training starts afresh")
         return fresh
-    if meta["run"] != run.id:
-        raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {run.id}")
-    if (
-        meta.get("device", device.type) != device.type
-    ):  # its random numbers cannot be continued here
-        print(f"{path}: begun on {meta['device']}; training starts afresh on {device.type}")
-        return fresh
-    net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-    momentum = {int(k[9:]): v for k, v in tensors.items() if k.startswith("momentum.")}
-    state = optimizer.state_dict()
-    state["state"] = {i: {"momentum_buffer": v} for i, v in momentum.items()}
-    optimizer.load_state_dict(state)
-    generator.set_state(tensors["generator"].cpu())
-    return int(meta["update"]), json.loads(meta["history"]), tensors["sums"].to(device)
+    if meta["run"] != about["run"]:
+        raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {about['run']}")
+    finished = int(meta["update"]) == total
+    for name in ("data",) if finished else ("data", "device", "precision"):
+        if meta[name] != about[name]:  # the same random numbers would not follow
+            print(f"{path}: of another {name} ({meta[name]}); training starts afresh")
+            return fresh
+    net.load_state_dict(network_state(tensors))
+    if not finished:
+        state = optimizer.state_dict()
+        for key in (k for k in tensors if k.startswith("optimizer.")):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = tensors[key]
+        optimizer.load_state_dict(state)
+        scaler.load_state_dict(json.loads(meta["scaler"]))
+        generator.set_state(tensors["generator"].cpu())
+    return int(meta["update"]), json.loads(meta["history"]), tensors["sums"].to(generator.device)

@@ -109,7 +109,8 @@ class Workspace:
         run = run or self.profile.run("cutpaste_3way", self.categories[0])
         others = self.seeds or self.profile.other_seeds
         seeds = seeds or f"{self.seeds or self.profile.seeds} (CutPaste-3way), {others} (others)"
-        crops = f" in {run.patch}-px crops, scored every {run.stride} px" if run.patch else ""
+        crops = f" in {run.crop}-px crops" if run.crop and runs.trained(run) else ""
+        crops += f", scored in {run.window}-px windows every {run.stride} px" if run.window else ""
         net = "" if run.backbone == "resnet18" else f"{run.backbone} "
         return (
             f"Profile {self.profile.name}: {run.size} px{crops}, {net}{self._updates(run)} "

@@ -420,9 +420,8 @@ def footprints(make, n=300, h=48, w=80, **options):
     return (made != x).any(1), x, made
 
 
-@pytest.mark.parametrize("make", [cutout, confetti])
-def test_cutout_and_confetti_change_a_rectangle_like_cutpastes(make):
-    changed, _, _ = footprints(make)
+def test_cutout_changes_a_rectangle_like_cutpastes():
+    changed, _, _ = footprints(cutout)
     (_, height), (_, width) = extent(changed.any(2)), extent(changed.any(1))
     share = changed.flatten(1).float().mean(1)
     assert torch.equal(changed.sum((1, 2)), height * width)
@@ -456,16 +455,30 @@ def test_a_cutout_of_random_colour_has_one_of_its_own():
     assert found.max() > 0.95
 
 
-def test_confetti_shifts_all_its_pixels_alike_and_no_further_than_asked():
-    changed, x, made = footprints(confetti, strength=0.2)
-    shifts = []
-    for before, after, where in zip(x, made, changed, strict=True):
-        shift = (after - before)[:, where]
-        assert (shift - shift[:, :1]).abs().max() < 1e-6
-        shifts.append(shift[:, 0])
-    shifts = torch.stack(shifts)
-    assert -0.2 <= shifts.min() < -0.18
-    assert 0.18 < shifts.max() <= 0.2 + 1e-6
+def test_confetti_adds_and_subtracts_one_or_two_blobs_of_the_sides_asked_for():
+    """Without blur each blob is a turned rectangle of one colour."""
+    grey = torch.full((300, 3, 96, 96), 0.5)
+    made = confetti(grey, generator(), side=(20, 30), blur=0.1)
+    darker, other = made == 0, (made > 0) & (made != 0.5)
+    assert (darker.all(1) == darker.any(1)).float().mean() > 0.98  # of every channel, not of one
+    for part, second in ((darker.all(1), 0.12), (other.any(1), 0.23)):
+        area = part.sum((1, 2)).float()  # cut off at the border, and under other blobs
+        assert 250 < area.median() < 900 * (1 + second)
+        assert area.max() <= 2 * 900 + 200
+        assert (area > 900 + 100).float().mean().item() == pytest.approx(second / 3, abs=0.1)
+    colours = [
+        image[:, where].unique(dim=1).shape[1]
+        for image, where in zip(made, other.any(1), strict=True)
+    ]
+    assert max(colours) < 60  # one or two, and what the thin blur mixes of them at the edges
+
+
+def test_confetti_is_blurred_and_leaves_far_pixels_as_they_were():
+    grey = torch.full((20, 3, 128, 128), 0.5)
+    sharp, soft = (confetti(grey, generator(), side=(9, 20), blur=b) for b in (0.1, 5.7))
+    steepest = [made.diff(dim=3).abs().max().item() for made in (sharp, soft)]
+    assert steepest[1] < 0.2 < steepest[0]
+    assert ((soft == 0.5).all(1).float().mean((1, 2)) > 0.3).all()
 
 
 def test_a_drawn_scar_has_one_colour_and_the_shape_of_a_scar():

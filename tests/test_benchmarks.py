@@ -65,9 +65,9 @@ def test_it_prints_one_table_and_writes_the_same_numbers(demo_root, tmp_path):
     assert written["options"]["size"] == 64
 
 
-@pytest.mark.parametrize("patch", ["16", "32"])
-def test_dense_scoring_is_timed_against_equal_scores(demo_root, tmp_path, patch):
-    options = ["--size", "64", "--patch", patch, "--stride", "16", "--pictures", "3"]
+@pytest.mark.parametrize("window", ["16", "32"])
+def test_dense_scoring_is_timed_against_equal_scores(demo_root, tmp_path, window):
+    options = ["--size", "64", "--window", window, "--stride", "16", "--pictures", "3"]
     options += ["--seconds", "0.1", "--repeats", "1", "--threads", "1", "--precision", "fp32"]
     file = tmp_path / "numbers.json"
     options += ["--data", demo_root, "--category", "gear", "--json", file]
@@ -76,7 +76,7 @@ def test_dense_scoring_is_timed_against_equal_scores(demo_root, tmp_path, patch)
     rows = {what: row["value"] for what, row in json.loads(file.read_text())["rows"].items()}
     assert [cell[0] for cell in cells(done.stdout)[2:]] == list(rows)
     assert rows["difference of the scores"] < 1e-2
-    shares = ("features of patches", "heat maps", "Gaussians and scores")
+    shares = ("features of windows", "heat maps", "Gaussians and scores")
     assert sum(rows[f"... {share}"] for share in shares) == pytest.approx(100)
     assert rows["our way"] > 0
 

@@ -117,7 +117,7 @@ def test_the_module_exits_with_2_and_one_line():
     command = [sys.executable, "-m", "cplib", "notebooks", "--profile", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: unknown profile 'nonsense': one of smoke, demo, quick, paper\n"
+    assert done.stderr == "error: unknown profile 'nonsense': one of smoke, demo, quick, long, paper\n"
 
 
 def test_the_script_exits_with_2_and_one_line(tmp_path):
@@ -137,7 +137,7 @@ def test_the_script_exits_with_2_and_one_line(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown profile 'nonsense': one of smoke, demo, quick, paper\n"
+    assert done.stderr == "error: unknown profile 'nonsense': one of smoke, demo, quick, long, paper\n"
 
 
 FAKE_PYTHON = """#!/bin/bash

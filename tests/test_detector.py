@@ -36,7 +36,7 @@ from cplib.notebooks import NOTEBOOKS, run_one
 from cplib.workspace import open_workspace
 
 IMAGE = Run(method="cutpaste_3way", category="parts", dataset="own", size=64, updates=1, sources=2)
-PATCH = replace(IMAGE, patch=32, stride=16)
+PATCH = replace(IMAGE, crop=32, window=32, stride=16)
 PLACES = replace(PATCH, gaussians="position")
 KINDS = {"image": IMAGE, "patch": PATCH, "places": PLACES}
 
@@ -99,10 +99,9 @@ def test_heat_maps_of_a_patch_model_are_those_of_the_run(detector, pixels):
     assert heat.shape == (len(pixels[1]), 64, 64)
     assert torch.isfinite(heat).all()
     run = detector.run
-    if run.patch:
-        options = {"patch": 32, "stride": 16, "per_position": run.per_position}
-        bf16 = train.uses_bf16(run, "cpu")
-        maps = localize.patch_maps(detector.net, *pixels, bf16=bf16, **options)
+    if run.window:
+        options = {"window": 32, "stride": 16, "per_position": run.per_position}
+        maps = localize.window_scores(detector.net, *pixels, **options)
         torch.testing.assert_close(heat, runs.heat_maps(run, maps), rtol=1e-3, atol=0)
 
 
@@ -360,7 +359,7 @@ def in_run(**fields):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (changed(version=3), "version 3, not 2"),
+        (changed(version=4), "version 4, not 3"),
         (in_run(size=30_000), "at most 4096"),
         (changed(data={"good": 64, "bad": 0, "sha256": 1}), "hash of the pictures"),
         (changed(data={"good": 64, "bad": 0}), "'sha256'"),
@@ -380,8 +379,8 @@ def in_run(**fields):
         (in_run(head=[64]), "net.head"),
         (in_run(head=[10**12]), "net.head"),
         (in_run(head=[-1]), ""),
-        (in_run(patch=100), "smaller than a 100-px patch"),
-        (in_run(patch=32, gaussians="position"), "'centred'"),
+        (in_run(window=100), "smaller than a 100-px window"),
+        (in_run(window=32, gaussians="position"), "'centred'"),
         (lambda record: [], ""),
         (lambda record: {}, "version"),
     ],
@@ -483,7 +482,7 @@ def test_a_disk_that_is_full_leaves_the_old_detector(saved, pixels, nets, tmp_pa
     with pytest.raises(OSError, match=f"cannot write the detector {folder}: no space left"):
         other.save(folder)
     assert sorted(path.name for path in folder.iterdir()) == [RECORD, TENSORS]
-    assert Detector.load(folder).run.patch == 0
+    assert Detector.load(folder).run.window == 0
 
 
 # Reading a person's own pictures

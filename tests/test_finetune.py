@@ -230,11 +230,13 @@ def test_b4_drops_layers_in_the_second_phase_and_not_while_the_head_is_trained_a
     for head_only in losses:
         for seed in range(3):
             net, run = start(B4)
+            run = replace(run, head_updates=int(head_only))
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 generator = torch.Generator().manual_seed(0)
-                optimizer = train.sgd(run, net)
-                out = train.step(run, net, optimizer, pictures(), generator, head_only=head_only)
+                optimizer = train.optimiser(run, net)
+                scaler = train.grad_scaler(run, "cpu")
+                out = train.step(run, net, optimizer, pictures(), generator, scaler)
             losses[head_only].add(out[0].item())
     assert len(losses[True]) == 1
     assert len(losses[False]) == 3
@@ -352,7 +354,7 @@ def test_every_row_but_the_baseline_stands_in_the_papers_table():
 
 
 def test_the_rate_of_one_backbone_says_nothing_of_another(monkeypatch, tmp_path):
-    rate = {"device": "abacus", "images_per_second": 2.0, "backbone": LITE, "size": 64, "patch": 0}
+    rate = {"device": "abacus", "images_per_second": 2.0, "backbone": LITE, "size": 64, "crop": 0}
     monkeypatch.setattr(sweep, "collect", lambda results: pd.DataFrame([rate]))
     hours = [
         sweep.estimate([replace(START, backbone=b)], tmp_path, "abacus")["hours"].iloc[0]

@@ -28,7 +28,7 @@ from cplib.data import DataError
 from cplib.detector import RECORD, TENSORS, Detector
 from cplib.model import _encoder, _load_imagenet
 from cplib.records import density_metrics
-from cplib.runs import collect, run_folder
+from cplib.runs import collect
 
 SOURCES = sorted(Path(data.__file__).parent.glob("*.py"))
 UNTRAINED = Run(
@@ -517,7 +517,7 @@ def test_code_in_imagenet_weights_is_not_run(tmp_path, marker, encoders):
 
 def test_code_in_a_runs_model_is_not_run(tmp_path, marker):
     run = Run(method="cutpaste", category="gear", dataset="demo", size=32, updates=1)
-    file = run_folder(run, tmp_path) / "model.safetensors"
+    file = runs.checkpoint_file(run, tmp_path)
     file.parent.mkdir(parents=True)
     for content in list(hostile(marker))[::3]:
         file.write_bytes(content)

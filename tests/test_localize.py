@@ -9,7 +9,7 @@ from sklearn.mixture import GaussianMixture
 
 from cplib.augment import crop
 from cplib.density import Gaussian, l2_normalise
-from cplib.localize import gradcam, patch_features, patch_maps, positions, upsample
+from cplib.localize import gradcam, positions, upsample, window_features, window_scores
 from cplib.metrics import PIXEL_METRICS, peak_within, pixel_metrics
 from cplib.model import PretextNet
 
@@ -38,14 +38,14 @@ def test_a_256_pixel_picture_has_the_papers_positions():
 
 @pytest.mark.parametrize("size", [(31, 64), (64, 31)])
 def test_a_picture_smaller_than_a_patch_is_refused_by_its_size(net, size):
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*smaller than a 32-px patch"):
-        patch_features(net, noise(1, *size), patch=32)
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*smaller than a 32-px window"):
+        window_features(net, noise(1, *size), window=32)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64)])
 def test_every_feature_is_that_of_its_own_window(net, height, width):
     pixels = noise(2, height, width)
-    found = patch_features(net, pixels, patch=32, stride=8, batch=3)
+    found = window_features(net, pixels, window=32, stride=8, batch=3)
     assert found.shape == (2, (height - 32) // 8 + 1, (width - 32) // 8 + 1, 512)
     for n, r, c in itertools.product(*map(range, found.shape[:3])):
         window = pixels[n : n + 1, :, 8 * r : 8 * r + 32, 8 * c : 8 * c + 32]
@@ -54,22 +54,14 @@ def test_every_feature_is_that_of_its_own_window(net, height, width):
         torch.testing.assert_close(found[n, r, c], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_bf16_changes_the_scores_a_little_and_the_network_not_at_all(net):
-    normal, pixels = noise(6, 64, 64), noise(2, 64, 64, seed=1)
-    exact = patch_maps(net, normal, pixels, patch=32, stride=8, reg_covar=1e-4)
-    rounded = patch_maps(net, normal, pixels, patch=32, stride=8, reg_covar=1e-4, bf16=True)
-    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
-    assert net.encoder.conv1.weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize("per_position", [False, True])
 def test_maps_equal_scikit_learns_gaussians_one_place_at_a_time(net, per_position):
     normal, pixels = noise(5, 48, 56), noise(2, 48, 56, seed=1)
-    options = {"patch": 32, "stride": 8}
+    options = {"window": 32, "stride": 8}
     reg = 1e-4
-    maps = patch_maps(net, normal, pixels, per_position=per_position, reg_covar=reg, **options)
-    z = l2_normalise(patch_features(net, normal, **options)).double().numpy()
-    z_test = l2_normalise(patch_features(net, pixels, **options)).double().numpy()
+    maps = window_scores(net, normal, pixels, per_position=per_position, reg_covar=reg, **options)
+    z = l2_normalise(window_features(net, normal, **options)).double().numpy()
+    z_test = l2_normalise(window_features(net, pixels, **options)).double().numpy()
     for r, c in itertools.product(range(maps.shape[1]), range(maps.shape[2])):
         data = z[:, r, c] if per_position else z.reshape(-1, 512)
         mixture = GaussianMixture(1, reg_covar=reg).fit(data)
@@ -90,7 +82,7 @@ def test_a_stream_gives_the_gaussian_of_the_whole():
 def test_upsampling_spreads_each_score_over_its_window_by_one_kernel():
     maps = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0))
     patch, stride, std = 8, 4, 3.0
-    heat = upsample(maps, (20, 16), patch=patch, stride=stride, std=std)
+    heat = upsample(maps, (20, 16), window=patch, stride=stride, std=std)
     offset = np.arange(patch) - 3.5
     bell = np.exp(-(offset**2) / (2 * std**2))
     kernel = stride**2 * np.outer(bell, bell) / bell.sum() ** 2
@@ -102,7 +94,7 @@ def test_upsampling_spreads_each_score_over_its_window_by_one_kernel():
 
 
 def test_a_flat_map_stays_flat_inside_and_fades_towards_the_border():
-    heat = upsample(torch.ones(1, 30, 30), (151, 150), patch=32, stride=4)[0]
+    heat = upsample(torch.ones(1, 30, 30), (151, 150), window=32, stride=4)[0]
     torch.testing.assert_close(heat[40:110, 40:110], torch.ones(70, 70), rtol=0.02, atol=0.02)
     assert heat[0, 0] < 0.1 < 0.9 < heat[30, 30]
     assert torch.equal(heat[148], heat[147])
@@ -116,8 +108,8 @@ def test_a_defect_planted_in_a_quadrant_is_where_the_heat_map_peaks(net, corner,
     test[0, :, y : y + 16, x : x + 16] = torch.tensor([250, 20, 20], dtype=torch.uint8).view(
         3, 1, 1
     )
-    maps = patch_maps(net, normal, test, patch=32, stride=4, per_position=per_position)
-    heat = upsample(maps, (96, 112), patch=32)[0]
+    maps = window_scores(net, normal, test, window=32, stride=4, per_position=per_position)
+    heat = upsample(maps, (96, 112), window=32)[0]
     peak = divmod(int(heat.argmax()), 112)
     assert y - 8 <= peak[0] < y + 24
     assert x - 8 <= peak[1] < x + 24

@@ -288,3 +288,23 @@ def test_embed_does_not_depend_on_the_other_pictures():
 def test_unknown_names_are_refused():
     with pytest.raises(KeyError, match="resnet5"):
         PretextNet(2, backbone="resnet5")
+
+
+def test_features_are_taken_in_full_precision_with_cudnn_left_on(monkeypatch):
+    seen, net = [], PretextNet(2)
+    features = net.features
+
+    def spied(x, level=0):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return features(x, level)
+
+    monkeypatch.setattr(net, "features", spied)
+    embed(net, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [(True, False)]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_head_without_batchnorm_has_biases_instead():
+    layers = [type(layer).__name__ for layer in PretextNet(3, head_batchnorm=False).head]
+    assert layers == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert all(m.bias is not None for m in PretextNet(3, head_batchnorm=False).head[::2])

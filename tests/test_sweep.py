@@ -16,14 +16,16 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 from cplib import runs as runs_module
-from cplib import train
+from cplib import sweep, train
 from cplib.__main__ import main
 from cplib.config import Run
 from cplib.metrics import image_metrics
@@ -55,7 +57,7 @@ def tardy(*args, **options):
 
 torch.set_num_threads(1)
 data, results, moment = sys.argv[1:]
-train.CHECKPOINT_SECONDS = 0
+os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
 step, train.step = train.step, tardy
 if moment == "half a checkpoint":
     Path.replace = die
@@ -89,9 +91,9 @@ def scores(results: Path, run: Run) -> bytes:
 
 
 def left_behind(results: Path) -> list[str]:
-    """What lies in a results folder beside whole runs."""
+    """What lies in a results folder beside whole runs and checkpoints."""
     files = [*(results / "checkpoints").glob("*"), *(results / "runs").glob(".*")]
-    return sorted(file.name for file in files)
+    return sorted(file.name for file in files if file.suffix != ".safetensors")
 
 
 def state(outcome) -> tuple[Run, str]:
@@ -111,7 +113,7 @@ def undisturbed(demo_root, tmp_path_factory) -> Path:
 @pytest.fixture
 def often(monkeypatch):
     """Write a checkpoint after every update."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_killed_at_the_worst_moment_nothing_is_lost_or_left(
     with child(CHILD, demo_root, tmp_path, moment) as process:
         process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert left_behind(tmp_path)
+    assert bool(left_behind(tmp_path)) == (moment != "whole folder")
     assert len(collect(tmp_path)) == (moment == "whole folder")
     execute_all([GEAR], data_root=demo_root, results=tmp_path, jobs=1)
     assert scores(tmp_path, GEAR) == scores(undisturbed, GEAR)
@@ -308,7 +310,7 @@ def test_two_sweeps_share_one_results_folder(demo_root, undisturbed, tmp_path):
     from cplib.config import Run
     from cplib.sweep import execute_all
     torch.set_num_threads(1)
-    train.CHECKPOINT_SECONDS = 0
+    os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
     common = dict(method="cutpaste", dataset="demo", size=64, sources=4)
     runs = [Run(category="gear", updates=8, **common)]
     runs += [Run(category="brick", updates=4, seed=seed, **common) for seed in (0, 1)]
@@ -351,13 +353,13 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(demo_root, undisturbed, half_d
     assert "cannot write the checkpoint" in outcome.message
     assert "No space left on device" in outcome.message
     assert "\n" not in outcome.message
-    assert left_behind(half_done) == [f"{GEAR.id}.safetensors"]
+    assert left_behind(half_done) == []
     assert checkpoint(half_done).read_bytes() == before
     execute_all([GEAR], **options)
     assert scores(half_done, GEAR) == scores(undisturbed, GEAR)
 
 
-@pytest.mark.parametrize("owner, name", [(Path, "write_text"), (runs_module, "save_file")])
+@pytest.mark.parametrize("owner, name", [(Path, "write_text"), (pd.DataFrame, "to_csv")])
 def test_a_full_disk_leaves_no_half_folder(
     demo_root, undisturbed, half_done, monkeypatch, owner, name
 ):
@@ -677,3 +679,12 @@ def test_a_ray_cluster_that_loses_a_node_gives_the_same_scores(
     assert out.splitlines()[-1] == "shut down False"
     assert len((out + err).splitlines()) < 200
     assert left_behind(results) == []
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(15, 1), (24, 2), (80, 8), (8, 1)])
+def test_as_many_runs_share_a_gpu_as_its_memory_holds(monkeypatch, gigabytes, expected):
+    gpu = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.delenv("CPLIB_JOBS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert sweep._jobs("cuda", 1) == expected

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cplib import augment, data, records, runs, sweep, train
 from cplib.config import BASELINES, CATEGORIES, PROFILES, TRAINED, Run, grid
@@ -35,9 +35,10 @@ TINY = Run(
     precision="fp32",
 )
 SCAR = replace(TINY, method="cutpaste_scar", category="brick", updates=3, curve=0)
+PRECISE = ("fp32", "bf16", "fp16")
 UNTRAINED = Run(method="untrained", category="gear", dataset="demo", size=64, updates=0)
 FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}
-EXACT = ("scores.csv", "metrics.json", "model.safetensors")
+EXACT = ("scores.csv", "metrics.json")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,9 @@ def history(folder):
 def assert_same(folder, expected):
     for name in EXACT:
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    run = runs.read(folder)[0]
+    mine, theirs = (runs.load_model(run, f.parents[1]).state_dict() for f in (folder, expected))
+    assert all(torch.equal(v, mine[k]) for k, v in theirs.items())
     pd.testing.assert_frame_equal(history(folder), history(expected))
 
 
@@ -135,13 +139,13 @@ def test_a_run_stopped_after_every_update_ends_with_the_same_bytes(
         assert not run_folder(TINY, tmp_path).exists()
     folder = execute(TINY, data_root=demo_root, results=tmp_path, deadline=past)
     assert_same(folder, run_folder(TINY, undisturbed))
-    assert os.listdir(tmp_path / "checkpoints") == []
+    assert os.listdir(tmp_path / "checkpoints") == [f"{TINY.training_id}.safetensors"]
 
 
 def test_a_run_killed_between_updates_goes_on_from_its_checkpoint(
     undisturbed, demo_root, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
     real, calls = train.step, []
 
     def killed_in_the_third(*args, **options):
@@ -158,10 +162,15 @@ def test_a_run_killed_between_updates_goes_on_from_its_checkpoint(
     assert_same(folder, run_folder(TINY, undisturbed))
 
 
-def test_a_checkpoint_is_written_only_every_so_often(pixels, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "save", lambda *args: pytest.fail("nothing to write yet"))
+@pytest.mark.parametrize(("seconds", "writes"), [("1000", 1), ("0", 2)])
+def test_a_checkpoint_is_written_as_often_as_asked_and_at_the_end(
+    pixels, tmp_path, monkeypatch, seconds, writes
+):
+    monkeypatch.setenv("CPLIB_CHECKPOINT_SECONDS", seconds)
+    written = []
+    monkeypatch.setattr(train, "save", lambda *args: written.append(args))
     train.fit(replace(TINY, updates=2), pixels, checkpoint=tmp_path / "c.safetensors")
-    assert not (tmp_path / "c.safetensors").exists()
+    assert len(written) == writes
 
 
 def stopped(pixels, path, run=TINY):
@@ -189,7 +198,7 @@ def test_a_broken_checkpoint_is_set_aside_with_a_line_and_training_starts_afresh
 def test_tensors_that_are_no_checkpoint_are_refused_and_kept(pixels, tmp_path):
     path = tmp_path / "c.safetensors"
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=f"another program, not of {TINY.id}"):
+    with pytest.raises(ValueError, match=f"another program, not of {TINY.training_id}"):
         train.fit(TINY, pixels, checkpoint=path)
     assert path.exists()
 
@@ -197,8 +206,26 @@ def test_tensors_that_are_no_checkpoint_are_refused_and_kept(pixels, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(pixels, tmp_path):
     path = stopped(pixels, tmp_path / "c.safetensors")
     other = replace(TINY, learning_rate=0.5)
-    with pytest.raises(ValueError, match=f"checkpoint of {TINY.id}, not of {other.id}"):
+    with pytest.raises(ValueError, match=f"of {TINY.training_id}, not of {other.training_id}"):
         train.fit(other, pixels, checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ["data", "precision"])
+def test_a_checkpoint_of_other_images_or_precision_is_left_with_a_line(
+    pixels, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setenv("CPLIB_PRECISION", "fp32")
+    run = replace(TINY, precision="auto", curve=0)
+    path = stopped(pixels, tmp_path / "c.safetensors", run)
+    if name == "data":
+        pixels = pixels.flip(3)
+    else:
+        monkeypatch.setenv("CPLIB_PRECISION", "bf16")
+    net, table = train.fit(run, pixels, checkpoint=path)
+    assert f"{path}: of another {name}" in capsys.readouterr().out
+    assert table["update"].tolist() == [1, 2, 3, 4]
+    expected, _ = train.fit(run, pixels)
+    assert torch.equal(net.head[-1].weight, expected.head[-1].weight)
 
 
 def test_a_checkpoint_is_whole_or_not_there(pixels, tmp_path, monkeypatch):
@@ -274,7 +301,7 @@ def test_a_trained_network_is_returned_in_evaluation_mode(pixels):
 
 def written_out(run, pixels):
     """Training as the paper has it, without an optimizer: momentum and weight decay by hand."""
-    net, generator = train.build(run), torch.Generator().manual_seed(run.seed)
+    net, generator = train.build(run), torch.Generator().manual_seed(run.stream)
     momentum = [torch.zeros_like(p) for p in net.parameters()]
     for update in range(run.updates):
         images, labels = train.draw(run, pixels, generator)
@@ -289,12 +316,47 @@ def written_out(run, pixels):
 
 def test_training_is_gradient_descent_with_momentum_and_weight_decay(pixels):
     # Steps so small that rounding, which BatchNorm enlarges from update to update, stays small too.
-    run = replace(TINY, curve=0, learning_rate=1e-4, weight_decay=1.0)
+    run = replace(TINY, updates=2, curve=0, learning_rate=1e-4, weight_decay=1.0)
     mine, theirs, start = (
         torch.cat([p.detach().reshape(-1) for p in net.parameters()])
         for net in (train.fit(run, pixels)[0], written_out(run, pixels), train.build(run))
     )
     assert (mine - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+def test_the_learning_rate_climbs_first_where_there_is_a_warmup():
+    run = replace(TINY, updates=100, learning_rate=0.01, warmup=0.1)
+    rates = [train.learning_rate(run, update) for update in range(101)]
+    plain = [train.learning_rate(replace(run, warmup=0.0), update) for update in range(101)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 * rate for k, rate in enumerate(plain[:10])])
+    assert rates[10:] == plain[10:]
+
+
+ADAMW = replace(TINY, optimizer="adamw", warmup=0.5, crop=32, whole=0.5, curve=0)
+
+
+def test_adamw_is_torchs_with_the_runs_rates(pixels):
+    optimizer = train.optimiser(replace(ADAMW, weight_decay=0.1), train.build(ADAMW))
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_a_run_of_adamw_stopped_after_every_update_ends_with_the_same_network(pixels, tmp_path):
+    whole, _ = train.fit(ADAMW, pixels)
+    for _ in range(3):
+        path = stopped(pixels, tmp_path / "c.safetensors", ADAMW)
+    again, _ = train.fit(ADAMW, pixels, checkpoint=path)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_training_looks_at_crops_and_at_the_end_at_whole_images(pixels, monkeypatch):
+    sides, draw = [], train.draw
+    monkeypatch.setattr(
+        train, "draw", lambda *args: (batch := draw(*args), sides.append(batch[0].shape[-1]))[0]
+    )
+    train.fit(ADAMW, pixels)
+    assert sides == [32, 32, 64, 64]
 
 
 def test_training_learns_an_easy_task(pixels):
@@ -338,17 +400,74 @@ def test_every_option_is_one_that_its_augmentation_takes():
         assert torch.isfinite(images).all()
 
 
-def test_precision_is_what_the_run_says():
-    assert not train.uses_bf16(replace(TINY, precision="fp32"), "cpu")
-    assert train.uses_bf16(replace(TINY, precision="bf16"), "cpu")
-    assert isinstance(train.uses_bf16(replace(TINY, precision="auto"), "cpu"), bool)
+AUTO = replace(TINY, precision="auto")
 
 
-def test_training_in_bf16_ends_near_fp32(pixels):
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_precision_is_what_the_run_says_and_auto_what_the_environment_says(monkeypatch, name):
+    assert train.precision(replace(TINY, precision=name), "cpu") == name
+    monkeypatch.setenv("CPLIB_PRECISION", name)
+    assert train.precision(AUTO, "cpu") == name
+    assert train.precision(TINY, "cpu") == "fp32"
+
+
+def test_an_unknown_precision_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("CPLIB_PRECISION", "int8")
+    with pytest.raises(ValueError, match="unknown CPLIB_PRECISION 'int8'"):
+        train.precision(AUTO, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),  # AMD Zen 4
+        ({"amx_bf16": True}, "bf16"),  # Intel Xeon
+        ({"neon": True, "bf16": True}, "bf16"),  # ARM
+        ({}, "fp32"),  # a torch too old to say
+    ],
+)
+def test_auto_is_bf16_on_a_processor_that_multiplies_in_it(monkeypatch, found, expected):
+    monkeypatch.delenv("CPLIB_PRECISION", raising=False)
+    monkeypatch.setattr(train, "cpu_capabilities", lambda: found)
+    assert train.precision(AUTO, "cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capability", "expected"),
+    [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")],
+)
+def test_auto_on_a_gpu_follows_its_tensor_cores(monkeypatch, bf16, capability, expected):
+    """An A100, a T4 and a P100."""
+    monkeypatch.delenv("CPLIB_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.precision(AUTO, "cuda") == expected
+
+
+def test_training_in_fp16_scales_the_loss_and_resumes_exactly(pixels, tmp_path, monkeypatch):
+    run, path = replace(TINY, precision="fp16", curve=0), tmp_path / "c.safetensors"
+    scales, update = [], torch.amp.GradScaler.update
+    monkeypatch.setattr(
+        train.torch.amp.GradScaler,
+        "update",
+        lambda self: (update(self), scales.append(self.get_scale())),
+    )
+    whole, _ = train.fit(run, pixels)
+    assert scales[0] > 1
+    for _ in range(3):
+        stopped(pixels, path, run)
+    again, _ = train.fit(run, pixels, checkpoint=path)
+    assert scales[4:] == scales[:4]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_training_in_lower_precision_ends_near_fp32(pixels):
     run = replace(TINY, updates=1, curve=0)
-    losses = [train.fit(replace(run, precision=p), pixels)[1]["loss"][0] for p in ("fp32", "bf16")]
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    losses = [train.fit(replace(run, precision=p), pixels)[1]["loss"][0] for p in PRECISE]
+    assert len(set(losses)) == 3
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.1)
 
 
 # The phase of the head alone
@@ -404,7 +523,7 @@ def test_the_images_of_a_run_are_updates_times_sources_times_classes(run, expect
 
 
 def test_a_folder_holds_the_contracts_files_and_nothing_is_left_beside_it(undisturbed):
-    assert set(os.listdir(run_folder(TINY, undisturbed))) == FILES | {"model.safetensors"}
+    assert set(os.listdir(run_folder(TINY, undisturbed))) == FILES
     assert os.listdir(undisturbed / "runs") == [TINY.id]
     assert list(undisturbed.rglob("*.tmp")) == []
 
@@ -457,8 +576,7 @@ def test_other_covariances_are_measured_on_the_same_network(undisturbed, demo_ro
 
 def test_scores_are_those_of_the_model_beside_them(undisturbed, demo_root):
     folder = run_folder(TINY, undisturbed)
-    net = train.build(TINY)
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    net = runs.load_model(TINY, undisturbed)
     normal, test = (data.load(demo_root, "gear", s, 64).pixels for s in ("train", "test"))
     expected = pd.read_csv(folder / "scores.csv")["score"]
     np.testing.assert_allclose(runs.score(TINY, net, normal, test), expected, rtol=1e-5)
@@ -782,6 +900,44 @@ def test_the_ids_that_committed_results_go_by():
     assert run.id == "cutpaste_3way-bottle-seed0-0e8fa9db"
 
 
+SCORED_OTHERWISE = {"l2_normalise": False, "reg_covar": 1e-3, "window": 32, "stride": 16}
+
+
+def test_runs_that_only_score_differently_have_one_training():
+    run = Run(method="cutpaste", category="bottle", updates=10)
+    other = replace(run, gaussians="shared", heat_std=5.0, **SCORED_OTHERWISE)
+    assert run.id != other.id
+    assert run.training_id == other.training_id == run.id
+    assert run.training_id != replace(run, crop=32).training_id
+
+
+def test_scoring_otherwise_trains_nothing(undisturbed, demo_root, tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    monkeypatch.setattr(train, "step", lambda *args: pytest.fail("trained again"))
+    run = replace(TINY, **SCORED_OTHERWISE)
+    folder = execute(run, data_root=demo_root, results=results)
+    read, record, metrics = runs.read(folder)
+    assert (read, record["precision"]) == (run, "fp32")
+    assert record["train_seconds"] == runs.read(run_folder(TINY, results))[1]["train_seconds"]
+    assert 0 <= metrics["pixel_auroc"] <= 100
+    pd.testing.assert_frame_equal(history(folder), history(run_folder(TINY, results)))
+
+
+def test_every_method_category_and_seed_has_its_own_random_numbers():
+    some = [
+        Run(method=method, category=category, seed=seed)
+        for method in TRAINED
+        for category in CATEGORIES
+        for seed in range(5)
+    ]
+    assert len({run.stream for run in some}) == len(some)
+    nets = [train.build(run).encoder.conv1.weight for run in (some[0], some[5], some[75], some[0])]
+    assert torch.equal(nets[0], nets[3])
+    assert not torch.equal(nets[0], nets[1])
+    assert not torch.equal(nets[0], nets[2])
+
+
 def test_an_id_does_not_depend_on_the_process(tmp_path):
     code = "from cplib.config import Run; print(Run(method='cutpaste', category='tile', seed=2).id)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -883,9 +1039,12 @@ def test_the_runs_of_a_profile_are_distinct_and_cover_it(name):
 
 def test_the_paper_profile_is_the_papers_protocol():
     profile = PROFILES["paper"]
-    assert (profile.categories, profile.seeds, profile.protocol) == (CATEGORIES, 5, {})
+    assert (profile.categories, profile.seeds) == (CATEGORIES, 5)
+    assert profile.protocol == {"precision": "fp16"}
     run = profile.run("cutpaste_3way", "bottle", 3)
-    assert run == Run(method="cutpaste_3way", category="bottle", seed=3)
+    assert run == Run(method="cutpaste_3way", category="bottle", seed=3, precision="fp16")
+    patch = profile.patch_runs(("bottle",), 1)[-1]
+    assert (patch.crop, patch.window, patch.stride) == (64, 32, 4)
 
 
 def test_a_profile_gives_the_runs_of_the_methods_categories_and_seeds_named():

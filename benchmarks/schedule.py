@@ -1,0 +1,104 @@
+"""Which short schedule learns most from scratch: candidates compared without any test image.
+
+    python benchmarks/schedule.py --data DIR --out results/quick/tables/schedule_choice.csv
+
+Every fifth training image is held out, and a network trained on the others. The held-out images
+then answer two questions: how often the pretext task is right on them, and with what AUROC the
+Gaussian of the other images tells them from copies with an anomaly in them: CutPaste's own two, and
+two painted shapes that training has never seen (section 5.3). Rows are appended to ``--out``, and
+what stands there is not measured again.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cplib import augment, data, train
+from cplib.config import Run
+from cplib.density import Gaussian, l2_normalise
+from cplib.metrics import auroc_between
+from cplib.model import PretextNet, embed
+from cplib.synthetic import Anomaly, paint
+
+CATEGORIES = "tile,screw,pill"
+PAINTED = (("square", "color"), ("heart", "natural"))
+SMALL = Anomaly(side=(0.06, 0.2), least=1)
+ADAMW = {"optimizer": "adamw", "learning_rate": 0.001, "warmup": 0.1, "updates": 120}
+PLAIN = ADAMW | {"head_batchnorm": False, "crop": 128}
+CANDIDATES = {
+    "untrained": {"updates": 0},
+    "AdamW 0.001, 128-px crops, head without BatchNorm": PLAIN,
+    "... learning rate 0.0005": PLAIN | {"learning_rate": 0.0005},
+    "... the last tenth on whole images": PLAIN | {"whole": 0.1, "updates": 90},
+    "... 64-px crops": PLAIN | {"crop": 64, "updates": 300},
+    "... images resized to 128 px": PLAIN | {"crop": 0, "size": 128},
+    "... head with BatchNorm": PLAIN | {"head_batchnorm": True},
+    "... SGD 0.1": PLAIN | {"optimizer": "sgd", "learning_rate": 0.1},
+}
+
+
+def held_out_images(held: Tensor, run: Run) -> dict[str, Tensor]:
+    """Copies of the held-out images (N, 3, H, W) with each kind of anomaly."""
+    draws = torch.Generator().manual_seed(0)
+    copies, _ = augment.pretext_batch(held.float() / 255, run.method, draws, train.options(run))
+    _, patch, scar = (255 * copies).round().to(torch.uint8).chunk(3)
+    painted = {f"{shape} {fill}": paint(held, shape, fill, SMALL)[0] for shape, fill in PAINTED}
+    return {"CutPaste": patch, "CutPaste-scar": scar} | painted
+
+
+@torch.inference_mode()
+def pretext_accuracy(run: Run, net: PretextNet, held: Tensor) -> float:
+    """Percent of the pretext task's answers that are right, one batch of all images."""
+    whole = replace(run, sources=len(held))
+    images, labels = train.draw(whole, held, torch.Generator().manual_seed(0), run.crop)
+    answers = torch.cat([net(x).argmax(1) for x in images.split(32)])
+    return 100 * (answers == labels).float().mean().item()
+
+
+def measure(run: Run, pixels: Tensor) -> list[dict]:
+    """A row for each kind of anomaly, for features of length one and as they are."""
+    held = torch.arange(len(pixels)) % 5 == 0
+    net, history = train.fit(run, pixels[~held])
+    z, z_held = (embed(net, part) for part in (pixels[~held], pixels[held]))
+    seconds = history["seconds"].iloc[-1] if len(history) else 0.0
+    row = {"category": run.category, "seed": run.seed, "precision": train.precision(run, "cpu")}
+    row |= {"minutes": seconds / 60, "pretext_accuracy": pretext_accuracy(run, net, pixels[held])}
+    rows = []
+    for kind, images in held_out_images(pixels[held], run).items():
+        features = embed(net, images)
+        for name, scale in (("length one", l2_normalise), ("as they are", Tensor.float)):
+            gaussian = Gaussian.fit(scale(z), reg_covar=run.reg_covar)
+            scores = (gaussian.score(scale(part)) for part in (z_held, features))
+            rows.append(row | {"features": name, "anomaly": kind, "auroc": auroc_between(*scores)})
+    return rows
+
+
+def main() -> None:
+    """Measure what is missing in the file, one category of one candidate at a time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--categories", default=CATEGORIES)
+    parser.add_argument("--only", help="candidates whose names contain this")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, fields in CANDIDATES.items():
+        for category in args.categories.split(",") if (args.only or "") in name else ():
+            there = pd.read_csv(args.out) if args.out.exists() else pd.DataFrame()
+            if len(there) and ((there.schedule == name) & (there.category == category)).any():
+                continue
+            run = Run(method="cutpaste_3way", category=category, sources=16, **fields)
+            pixels = data.load(args.data, category, "train", run.size).pixels
+            rows = pd.DataFrame(measure(run, pixels))
+            rows.insert(0, "schedule", name)
+            rows.round(3).to_csv(args.out, mode="a", index=False, header=not args.out.exists())
+            print(f"{name}, {category}: {rows['auroc'].mean():.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
