@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -121,3 +122,15 @@ def test_a_turned_scar_carries_no_black_corners(per_picture):
     for _ in range(20):
         assert np.asarray(per_picture.scar(grey)).min() > 90
     assert per_picture[0].shape == (3, 3, 128, 128)
+
+
+def test_schedules_are_compared_on_held_out_images_and_measured_once(demo_root, tmp_path):
+    file = tmp_path / "choice.csv"
+    options = ["--data", demo_root, "--categories", "gear", "--only", "untrained", "--out", file]
+    assert "untrained, gear" in benchmark(*options, script="schedule").stdout
+    rows = pd.read_csv(file)
+    assert len(rows) == 8
+    assert rows["auroc"].between(0, 100).all()
+    assert rows["pretext_accuracy"].between(0, 100).all()
+    assert benchmark(*options, script="schedule").stdout == ""
+    assert len(pd.read_csv(file)) == 8
