@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from cplib import data, localize, train
 from cplib.config import Run
-from cplib.density import l2_normalise
 from cplib.localize import positions, window_scores
 from cplib.model import PretextNet
 from cplib.runs import heat_maps
@@ -52,7 +51,7 @@ def _plain_features(run: Run, net: PretextNet, pixels: Tensor) -> Tensor:
         copies = F.unfold(x, run.window, stride=run.stride)[0].T
         copies = copies.reshape(-1, 3, run.window, run.window)
         parts.append(torch.cat([net.features(part) for part in copies.split(512)]))
-    return l2_normalise(torch.stack(parts))
+    return torch.stack(parts)
 
 
 def _inverse(z: Tensor, reg_covar: float) -> tuple[Tensor, Tensor]:

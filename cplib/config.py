@@ -110,7 +110,7 @@ class Run:
     patch_jitter: float = 0.1  # of what is pasted (A.2)
     confetti_side: tuple[float, float] = (9, 62)  # of Table 4's confetti, 8 to 54 of 224 in FCDD
     confetti_blur: float = 5.7  # standard deviation; 5 of 224 in FCDD
-    l2_normalise: bool = True  # features on the unit sphere before the Gaussian
+    l2_normalise: bool = False  # features of length one, as in the authors' earlier code
     reg_covar: float = 1e-6  # added to the covariance's diagonal
     window: int = 0  # side in pixels of the windows scored, and of their kernel (A.5: 32); 0: whole
     stride: int = 4  # between the windows (A.5)
@@ -319,7 +319,7 @@ class Profile:
 # A schedule made for few flops, from scratch: chosen without a test image (notebook 09).
 FEW_FLOPS = {
     "optimizer": "adamw",
-    "learning_rate": 0.001,
+    "learning_rate": 0.0005,
     "warmup": 0.1,
     "crop": 128,
     "head_batchnorm": False,

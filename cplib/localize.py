@@ -80,7 +80,7 @@ def window_scores(
     stride: int = 4,
     per_position: bool = False,
     reg_covar: float = 1e-6,
-    l2: bool = True,
+    l2: bool = False,
 ) -> Tensor:
     """Anomaly scores (N, rows, columns) of every window of ``pixels``; Gaussians from ``normal``.
 

@@ -179,7 +179,7 @@ def test_what_was_trained_on_the_same_pictures_is_not_trained_again(pixels, tmp_
     assert not calls
     assert torch.equal(again.good, first.good)
     assert len(Detector.load(tmp_path).bad) == len(pixels[1])  # what is saved is the newest
-    scored_otherwise = replace(IMAGE, reg_covar=1e-3, l2_normalise=False)
+    scored_otherwise = replace(IMAGE, reg_covar=1e-3, l2_normalise=True)
     Detector.fit_in(tmp_path, scored_otherwise, pixels[0])
     assert not calls
     Detector.fit_in(tmp_path, IMAGE, pixels[0][1:])

@@ -272,7 +272,7 @@ def test_the_paper_profile_finetunes_by_the_letter_of_the_appendix():
     assert (run.backbone, run.init, run.freeze_batchnorm) == (B4, "imagenet", True)
     assert (run.head_updates, run.updates) == (10 * 256, 64 * 256)
     assert (run.head_learning_rate, run.learning_rate, 3 * run.sources) == (0.03, 1e-4, 24)
-    assert run == replace(run, size=256, momentum=0.9, weight_decay=3e-5, precision="auto")
+    assert run == replace(run, size=256, momentum=0.9, weight_decay=3e-5, optimizer="sgd", crop=0)
 
 
 def test_a_profile_by_default_finetunes_as_the_paper():

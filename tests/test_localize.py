@@ -59,7 +59,9 @@ def test_maps_equal_scikit_learns_gaussians_one_place_at_a_time(net, per_positio
     normal, pixels = noise(5, 48, 56), noise(2, 48, 56, seed=1)
     options = {"window": 32, "stride": 8}
     reg = 1e-4
-    maps = window_scores(net, normal, pixels, per_position=per_position, reg_covar=reg, **options)
+    maps = window_scores(
+        net, normal, pixels, per_position=per_position, reg_covar=reg, l2=True, **options
+    )
     z = l2_normalise(window_features(net, normal, **options)).double().numpy()
     z_test = l2_normalise(window_features(net, pixels, **options)).double().numpy()
     for r, c in itertools.product(range(maps.shape[1]), range(maps.shape[2])):

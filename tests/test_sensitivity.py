@@ -289,7 +289,7 @@ def test_what_runs_noted_is_collected_by_schedule(tmp_path):
     found = schedule.curves(tmp_path, own, ("screw",))
     assert list(found) == schedule.COLUMNS
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {
-        "AdamW 0.001, 128-px crops, 320 updates": [160, 320],
+        "AdamW 0.0005, 128-px crops, 320 updates": [160, 320],
         "SGD 0.03, 256 px, 100 updates": [25, 100],
     }
     assert found["minutes"].tolist() == found["update"].tolist()

@@ -557,14 +557,14 @@ def test_other_covariances_are_measured_on_the_same_network(undisturbed, demo_ro
     places = {"results": results, "data_root": demo_root}
     fits = pd.DataFrame(records.density_metrics(TINY, **places)["fits"])
     assert len(fits) == 2 * len(records.Covariances().fits)
-    own = fits[(fits["covariance"] == "1e-06") & fits["l2_normalise"]]
+    own = fits[(fits["covariance"] == "1e-06") & ~fits["l2_normalise"]]
     metrics = json.loads((run_folder(TINY, undisturbed) / "metrics.json").read_text())
     assert own["image_auroc"].item() == pytest.approx(metrics["image_auroc"])
-    other = replace(TINY, reg_covar=1e-3, l2_normalise=False)
+    other = replace(TINY, reg_covar=1e-3, l2_normalise=True)
     net = runs.load_model(TINY, results)
     train, test = (data.load(demo_root, "gear", split, 64) for split in ("train", "test"))
     expected = image_metrics(test.labels, runs.score(other, net, train.pixels, test.pixels))
-    row = fits[(fits["covariance"] == "0.001") & ~fits["l2_normalise"]]
+    row = fits[(fits["covariance"] == "0.001") & fits["l2_normalise"]]
     assert row["image_auroc"].item() == pytest.approx(expected["image_auroc"])
     assert np.isfinite(fits["held_out"]).all()
     kept = {"results": results, "data_root": None}
@@ -587,7 +587,7 @@ def test_scores_depend_on_the_density_a_run_asks_for(demo_root):
     normal, test = (data.load(demo_root, "gear", s, 64).pixels for s in ("train", "test"))
     plain, longer, stiff = (
         runs.score(replace(TINY, **changes), net, normal, test)
-        for changes in ({}, {"l2_normalise": False}, {"reg_covar": 1e-3})
+        for changes in ({}, {"l2_normalise": True}, {"reg_covar": 1e-3})
     )
     assert not torch.allclose(plain, longer)
     assert (stiff < plain).all()
@@ -900,7 +900,7 @@ def test_the_ids_that_committed_results_go_by():
     assert run.id == "cutpaste_3way-bottle-seed0-0e8fa9db"
 
 
-SCORED_OTHERWISE = {"l2_normalise": False, "reg_covar": 1e-3, "window": 32, "stride": 16}
+SCORED_OTHERWISE = {"l2_normalise": True, "reg_covar": 1e-3, "window": 32, "stride": 16}
 
 
 def test_runs_that_only_score_differently_have_one_training():
