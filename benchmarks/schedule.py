@@ -36,6 +36,8 @@ CANDIDATES = {
     "... learning rate 0.0005": PLAIN | {"learning_rate": 0.0005},
     "... the last tenth on whole images": PLAIN | {"whole": 0.1, "updates": 90},
     "... 64-px crops": PLAIN | {"crop": 64, "updates": 300},
+    "... 64-px crops, learning rate 0.0005": PLAIN
+    | {"crop": 64, "updates": 300, "learning_rate": 0.0005},
     "... images resized to 128 px": PLAIN | {"crop": 0, "size": 128},
     "... head with BatchNorm": PLAIN | {"head_batchnorm": True},
     "... SGD 0.1": PLAIN | {"optimizer": "sgd", "learning_rate": 0.1},

@@ -58,7 +58,7 @@ LEAST = {"size": 8, "sources": 1, "stride": 1} | dict.fromkeys(
     ("updates", "head_updates", "seed", "curve", "crop", "window"), 0
 )
 # Fields of scoring alone: runs that differ only in these share one trained network.
-SCORING = ("l2_normalise", "reg_covar", "window", "stride", "gaussians", "heat_std")
+SCORING = ("l2_normalise", "reg_covar", "window", "stride", "gaussians", "heat_std", "curve")
 
 
 def named(name: str, values) -> str:
@@ -321,7 +321,7 @@ FEW_FLOPS = {
     "optimizer": "adamw",
     "learning_rate": 0.0005,
     "warmup": 0.1,
-    "crop": 128,
+    "crop": PATCH["crop"],
     "head_batchnorm": False,
     "sources": 16,
 }
@@ -333,9 +333,9 @@ QUICK = Profile(
     methods=BASELINES + TABLE1,
     seeds=3,
     other_seeds=3,
-    protocol=FEW_FLOPS | {"updates": 320, "curve": 4},
-    # A quarter of the paper's positions. Crops of 64 px cost a quarter of those of 128.
-    patch=PATCH | {"stride": 8, "updates": 640},
+    protocol=FEW_FLOPS | {"updates": 640, "curve": 4},
+    # A quarter of the paper's positions. The network is Table 1's, whose crops are as large.
+    patch=PATCH | {"stride": 8},
     finetune=FINETUNE_SHORT,
     sensitivity=Sensitivity(categories=("screw", "transistor")),
     cut_short=100,
@@ -391,7 +391,7 @@ PROFILES = {
             QUICK,
             name="long",
             other_seeds=1,
-            protocol=QUICK.protocol | {"updates": 4096, "curve": 8},
+            protocol=QUICK.protocol | {"updates": 8192, "curve": 8},
             cut_short=0,
         ),
         Profile(

@@ -30,6 +30,8 @@ def curves(results: str | Path, own: Run, categories) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=COLUMNS)]
     for row in table[alike & table["category"].isin(categories)].to_dict("records"):
         history = pd.read_csv(Path(results) / "runs" / row["id"] / "history.csv")
+        if metric not in history:  # trained before, by a run that is scored otherwise
+            continue
         noted = history.dropna(subset=metric).rename(columns={metric: "auroc"})
         noted = noted.assign(minutes=noted["seconds"] / 60, schedule=label(row))
         parts.append(noted.assign(category=row["category"], seed=row["seed"]))

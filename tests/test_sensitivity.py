@@ -149,7 +149,7 @@ def test_factors_are_of_the_profiles_own_and_names_state_what_is_trained(rate, u
 def test_a_short_schedule_is_never_called_by_the_papers_epochs():
     for profile in (p for p in PROFILES.values() if p is not PAPER):
         assert not any("epochs" in name for name in settings(profile))
-    assert "cutpaste_3way[updates=240]" in settings(QUICK)
+    assert "cutpaste_3way[updates=480]" in settings(QUICK)
 
 
 @pytest.mark.parametrize("table", AXES_OF)
@@ -281,7 +281,7 @@ def test_little_measured_makes_no_range():
 def test_what_runs_noted_is_collected_by_schedule(tmp_path):
     own = QUICK.run("cutpaste_3way", "screw")
     paper = schedule.cut_short(QUICK, ("screw",))[0]
-    record(tmp_path, own, curve={160: 80, 320: 82})
+    record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, replace(paper, seed=1), curve={25: 55, 100: 60})
     record(tmp_path, replace(own, curve=0, updates=10))
     record(tmp_path, replace(own, crop=64, window=32, stride=16), curve={80: 95})
@@ -289,7 +289,7 @@ def test_what_runs_noted_is_collected_by_schedule(tmp_path):
     found = schedule.curves(tmp_path, own, ("screw",))
     assert list(found) == schedule.COLUMNS
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {
-        "AdamW 0.0005, 128-px crops, 320 updates": [160, 320],
+        "AdamW 0.0005, 64-px crops, 640 updates": [320, 640],
         "SGD 0.03, 256 px, 100 updates": [25, 100],
     }
     assert found["minutes"].tolist() == found["update"].tolist()
