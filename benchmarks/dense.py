@@ -18,36 +18,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cplib import data, localize, train
-from cplib.config import Run
-from cplib.localize import positions, window_scores
-from cplib.model import PretextNet
-from cplib.runs import heat_maps
+from cplib import datasets, localize
+from cplib.model import PretextNet, build
+from cplib.run import Run
+from cplib.score import Scorer, upsample_places
 
 from timing import Row, Seconds, finish, options, peak_memory, report, seconds_of
 
 
 @torch.inference_mode()
 def plain(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
-    """Scores (N, rows, columns) as ``window_scores`` gives them, the straightforward way."""
+    """Scores (N, P) as ``Scorer.places`` gives them, the straightforward way."""
     z, z_test = (_plain_features(run, net, part) for part in (normal, pixels))
-    shape = positions(run.size, run.size, run.window, run.stride)
     if not run.per_position:
         flat = z.flatten(0, 1).double()
         mean, precision = _inverse(flat, run.reg_covar)
-        scores = _distance(z_test.flatten(0, 1).double() - mean, precision).view(len(pixels), -1)
-        return scores.view(-1, *shape).float()
+        return _distance(z_test.flatten(0, 1).double() - mean, precision).view(len(pixels), -1)
     scores = []
     for place in range(z.shape[1]):
         mean, precision = _inverse(z[:, place].double(), run.reg_covar)
         scores.append(_distance(z_test[:, place].double() - mean, precision))
-    return torch.stack(scores, 1).view(-1, *shape).float()
+    return torch.stack(scores, 1)
 
 
 def _plain_features(run: Run, net: PretextNet, pixels: Tensor) -> Tensor:
     parts = []
-    for picture in pixels:
-        x = picture[None].to(net.pixel_mean.device).float() / 255
+    for image in pixels:
+        x = image[None].to(net.pixel_mean.device).float() / 255
         copies = F.unfold(x, run.window, stride=run.stride)[0].T
         copies = copies.reshape(-1, 3, run.window, run.window)
         parts.append(torch.cat([net.features(part) for part in copies.split(512)]))
@@ -65,15 +62,7 @@ def _distance(centred: Tensor, precision: Tensor) -> Tensor:
 
 def ours(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
     """The project's own way."""
-    return window_scores(
-        net,
-        normal,
-        pixels,
-        window=run.window,
-        stride=run.stride,
-        per_position=run.per_position,
-        reg_covar=run.reg_covar,
-    )
+    return Scorer.fit(run, net, normal).places(pixels)
 
 
 def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: str) -> list[Row]:
@@ -94,11 +83,11 @@ def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: st
 
     began = time.perf_counter()
     with mock.patch.object(localize, "_encode", clocked):
-        maps = ours(run, net, normal, pixels)
+        scores = ours(run, net, normal, pixels)
     scored = time.perf_counter()
-    heat_maps(run, maps)
+    upsample_places(run, scores, pixels.shape[2:])
     whole = time.perf_counter() - began
-    shares = {"features of windows": sum(spent), "heat maps": whole - (scored - began)}
+    shares = {"features of windows": sum(spent), "anomaly maps": whole - (scored - began)}
     shares["Gaussians and scores"] = whole - sum(shares.values())
     return [(f"... {name}", 100 * seconds / whole, "%") for name, seconds in shares.items()]
 
@@ -126,10 +115,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
         stride=args.stride,
     )
     normal, pixels = (
-        data.load(args.data, args.category, split, args.size).pixels[: args.pictures]
+        datasets.load(args.data, args.category, split, args.size).pixels[: args.pictures]
         for split in ("train", "test")
     )
-    net = train.build(run).to(args.device, memory_format=torch.channels_last).eval()
+    net = build(run).to(args.device, memory_format=torch.channels_last).eval()
     work = {f: partial(f, run, net, normal, pixels) for f in (ours, plain)}
     rows = stages(run, net, normal, pixels, args.device) + [peak_memory(args.device)]
     budget = args.seconds / 2 / args.repeats
@@ -137,8 +126,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     mine, theirs = work[ours](), work[plain]().cpu()
     count = len(normal) + len(pixels)
     return [
-        ("our way", 1e3 * statistics.median(a.clock for a, _ in turns) / count, "ms/picture"),
-        ("plain way", 1e3 * statistics.median(b.clock for _, b in turns) / count, "ms/picture"),
+        ("our way", 1e3 * statistics.median(a.clock for a, _ in turns) / count, "ms/image"),
+        ("plain way", 1e3 * statistics.median(b.clock for _, b in turns) / count, "ms/image"),
         ("plain way against ours", statistics.median(b.clock / a.clock for a, b in turns), "times"),
         ("... in core time", statistics.median(b.cores / a.cores for a, b in turns), "times"),
         ("difference of the scores", float((mine - theirs).norm() / theirs.norm()), "relative"),

@@ -18,16 +18,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cplib import augment, data, train
-from cplib.config import Run
+from cplib import augment, datasets, train
 from cplib.density import Gaussian, l2_normalise
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet, embed
-from cplib.synthetic import Anomaly, paint
+from cplib.run import Run
+from cplib.study.synthetic import paint
 
 CATEGORIES = "tile,screw,pill"
 PAINTED = (("square", "color"), ("heart", "natural"))
-SMALL = Anomaly(side=(0.06, 0.2), least=1)
+SMALL = {"side": (0.06, 0.2), "least": 1}
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.001, "warmup": 0.1, "updates": 120}
 PLAIN = ADAMW | {"head_batchnorm": False, "crop": 128}
 CANDIDATES = {
@@ -47,9 +47,11 @@ CANDIDATES = {
 def held_out_images(held: Tensor, run: Run) -> dict[str, Tensor]:
     """Copies of the held-out images (N, 3, H, W) with each kind of anomaly."""
     draws = torch.Generator().manual_seed(0)
-    copies, _ = augment.pretext_batch(held.float() / 255, run.method, draws, train.options(run))
+    copies, _ = augment.pretext_batch(
+        held.float() / 255, run.method, draws, train.augmentation_kwargs(run)
+    )
     _, patch, scar = (255 * copies).round().to(torch.uint8).chunk(3)
-    painted = {f"{shape} {fill}": paint(held, shape, fill, SMALL)[0] for shape, fill in PAINTED}
+    painted = {f"{shape} {fill}": paint(held, shape, fill, **SMALL)[0] for shape, fill in PAINTED}
     return {"CutPaste": patch, "CutPaste-scar": scar} | painted
 
 
@@ -95,7 +97,7 @@ def main() -> None:
             if len(there) and ((there.schedule == name) & (there.category == category)).any():
                 continue
             run = Run(method="cutpaste_3way", category=category, sources=16, **fields)
-            pixels = data.load(args.data, category, "train", run.size).pixels
+            pixels = datasets.load(args.data, category, "train", run.size).pixels
             rows = pd.DataFrame(measure(run, pixels))
             rows.insert(0, "schedule", name)
             rows.round(3).to_csv(args.out, mode="a", index=False, header=not args.out.exists())

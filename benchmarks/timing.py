@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from cplib.config import PRECISIONS
-from cplib.data import DataError
-from cplib.runs import device_name
+from cplib.datasets import DataError
+from cplib.run import PRECISIONS
+from cplib.train import device_name
 
 Row = tuple[str, float, str]  # what, value, unit
 

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from cplib import data, train
-from cplib.config import Run
-from cplib.model import embed
+from cplib import datasets, train
+from cplib.model import build, embed
+from cplib.run import Run
 
 from timing import Row, Seconds, cores, options, peak_memory, report, seconds_of
 
@@ -69,7 +69,7 @@ class PerPicture(Dataset):
 
     def scar(self, x: Image.Image) -> Image.Image:
         """A thin rectangle, cut, turned and pasted through a mask."""
-        options = train.options(self.run)["cutpaste_scar"]
+        options = train.augmentation_kwargs(self.run)["cutpaste_scar"]
         width, length = (round(_between(*options[name])) for name in ("width", "length"))
         patch = self.patch_jitter(_cut(x, max(1, width), max(1, length))).convert("RGBA")
         patch = patch.rotate(_between(-options["angle"], options["angle"]), expand=True)
@@ -96,7 +96,7 @@ def _pasted(x: Image.Image, patch: Image.Image, mask: Image.Image | None) -> Ima
 
 def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> Iterator[None]:
     """The project's own step, again and again."""
-    net = train.build(run).to(device, memory_format=torch.channels_last)
+    net = build(run).to(device, memory_format=torch.channels_last)
     if compiled:
         net.encoder.compile()
     pixels, rest = pixels.to(device), torch.Generator(device).manual_seed(run.seed)
@@ -108,7 +108,7 @@ def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> It
 
 def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[None]:
     """The plain loop: a DataLoader over PerPicture, fp32, channels first."""
-    net = train.build(run).to(device)
+    net = build(run).to(device)
     sgd = train.optimiser(run, net)
     pictures = PerPicture(run, pixels)
     drawn = RandomSampler(pictures, replacement=True, num_samples=PREPARED * run.sources)
@@ -169,7 +169,7 @@ def augmentation(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row
 def arithmetic(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     """FLOP/s of the network, forward and backward, against a large bf16 matrix product."""
     device, side = args.device, 8192 if args.device == "cuda" else 2048
-    net = train.build(run).to(device)
+    net = build(run).to(device)
     images = torch.rand(3 * run.sources, 3, run.size, run.size, device=device)
     with FlopCounterMode(display=False) as counter:
         net(images).sum().backward()
@@ -196,7 +196,7 @@ def growth(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     for sources in sorted({max(2, round(share * run.sources)) for share in SHARES}):
         loop = product(replace(run, sources=sources), pixels, args.device)
         rows.append((f"step of {3 * sources} images", time_of(loop).clock, "s"))
-    net = train.build(run).to(args.device)
+    net = build(run).to(args.device)
     for n in sorted({max(2, round(share * len(pixels))) for share in SHARES}):
         loop = product(run, pixels[:n], args.device)
         rows.append((f"step with {n} pictures to draw from", time_of(loop).clock, "s"))
@@ -234,7 +234,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         sources=args.sources,
         precision=args.precision,
     )
-    pixels = data.load(args.data, args.category, "train", args.size).pixels
+    pixels = datasets.load(args.data, args.category, "train", args.size).pixels
     parts = [memory, throughput, augmentation, arithmetic, growth]
     parts += [compilation] if args.compile else []
     return [row for part in parts for row in part(run, pixels, args)]

@@ -1,8 +1,8 @@
-"""The paper's idea: pictures of a defect, made from a good picture and a patch of itself.
+"""The paper's idea: images of an anomaly, made from a normal image and a patch of itself.
 
 Everything here is a pure function of a batch ``(B, 3, H, W)`` of floats in [0, 1] and one
 ``torch.Generator``. The work happens batched, on the device of the input, with draws of its own for
-every picture; the input is never modified. Section and appendix numbers are the paper's.
+every image; the input is never modified. Section and appendix numbers are the paper's.
 """
 
 import math
@@ -40,9 +40,9 @@ def cutpaste(
     aspect: tuple[float, float] = (0.3, 3.3),
     jitter: float = 0.1,
 ) -> Tensor:
-    """Cut a rectangle, jitter its colours, paste it elsewhere in the same picture (2.1, A.2).
+    """Cut a rectangle, jitter its colours, paste it elsewhere in the same image (2.1, A.2).
 
-    ``area`` is a share of the picture; the aspect ratio is drawn from (aspect[0], 1) or
+    ``area`` is a share of the image; the aspect ratio is drawn from (aspect[0], 1) or
     (1, aspect[1]) with equal chance.
     """
     height, width = _patch_sizes(x, area, aspect, generator)
@@ -54,7 +54,7 @@ def cutpaste(
 def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
     """Rectangles at random places, wholly inside: their pixels' positions, row by row (B, K).
 
-    A picture is flat here. K is the pixel count of the ``largest`` share of it; the mask says
+    A image is flat here. K is the pixel count of the ``largest`` share of it; the mask says
     which of the K belong to the rectangle.
     """
     h, w = x.shape[2:]
@@ -70,7 +70,7 @@ def _patch_sizes(x, area, aspect, generator) -> tuple[Tensor, Tensor]:
     n, _, h, w = x.shape
     low, high = area[0] * h * w, area[1] * h * w
     if high < 1:
-        raise ValueError(f"a picture of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
+        raise ValueError(f"a image of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
     size = _uniform(low, high, n, generator)
     wide = _uniform(0, 1, n, generator) < 0.5
     low_aspect, high_aspect = (
@@ -111,7 +111,7 @@ def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Ten
     n, _, h, w = x.shape
     if math.hypot(width[1], length[1]) > min(h, w):
         raise ValueError(
-            f"a picture of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
+            f"a image of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
         )
     scar_w = _uniform(round(width[0]), round(width[1]) + 1, n, generator).floor().clamp(min=1)
     scar_l = _uniform(round(length[0]), round(length[1]) + 1, n, generator).floor().clamp(min=1)
@@ -119,7 +119,7 @@ def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Ten
 
 
 def _scar_target(x, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, ...]:
-    """A square of pixels that holds the turned scar, wholly inside the picture.
+    """A square of pixels that holds the turned scar, wholly inside the image.
 
     Returns the flat positions (B, K) of these pixels, which of them are the scar's, and where each
     lies in its own, unturned frame: ``u`` across and ``v`` along it, in pixels from its centre.
@@ -146,9 +146,9 @@ def _read(x: Tensor, source: Tensor) -> Tensor:
 
 
 def _write(x: Tensor, target: Tensor, inside: Tensor, patch: Tensor) -> Tensor:
-    """The pictures with ``patch`` (B, C, K or 1) at flat positions ``target``, where ``inside``."""
+    """The images with ``patch`` (B, C, K or 1) at flat positions ``target``, where ``inside``."""
     h, w = x.shape[2:]
-    # One pixel more than the picture has takes what lies outside the patch: no branches, no sync.
+    # One pixel more than the image has takes what lies outside the patch: no branches, no sync.
     target = torch.where(inside, target, h * w).unsqueeze(1).expand(-1, x.shape[1], -1)
     padded = F.pad(x.flatten(2), (0, 1)).scatter(2, target, patch.to(x.dtype).expand(target.shape))
     return padded[..., : h * w].unflatten(2, (h, w))
@@ -161,7 +161,7 @@ def _jittered(patch: Tensor, inside: Tensor, strength: float, generator) -> Tens
 def cutpaste_union(
     x: Tensor, generator: torch.Generator, *, patch: dict | None = None, thin: dict | None = None
 ) -> Tensor:
-    """CutPaste or CutPaste-scar, a fair coin for each picture (5.2).
+    """CutPaste or CutPaste-scar, a fair coin for each image (5.2).
 
     ``patch`` holds options for the one, ``thin`` for the other.
     """
@@ -178,9 +178,9 @@ def cutout(
     area: tuple[float, float] = (0.02, 0.15),
     aspect: tuple[float, float] = (0.3, 3.3),
 ) -> Tensor:
-    """Fill a rectangle like CutPaste's with one colour a picture (4.1, 5.1).
+    """Fill a rectangle like CutPaste's with one colour a image (4.1, 5.1).
 
-    ``fill`` is "grey", "mean" (the picture's own mean colour) or "color" (at random).
+    ``fill`` is "grey", "mean" (the image's own mean colour) or "color" (at random).
     """
     height, width = _patch_sizes(x, area, aspect, generator)
     target, inside = _placed(x, height, width, area[1], generator)
@@ -192,7 +192,7 @@ def cutout(
 
 
 def _colour(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A random colour for each picture, (B, C, 1)."""
+    """A random colour for each image, (B, C, 1)."""
     return torch.rand(*x.shape[:2], 1, generator=generator, device=x.device).to(x.dtype)
 
 
@@ -236,14 +236,14 @@ def scar(
     length: tuple[float, float] = (10, 25),
     angle: float = 45.0,
 ) -> Tensor:
-    """Draw a long, thin, turned rectangle of one random colour a picture (2.2, 4.1)."""
+    """Draw a long, thin, turned rectangle of one random colour a image (2.2, 4.1)."""
     sizes = _scar_sizes(x, width, length, angle, generator)
     target, inside, _, _ = _scar_target(x, *sizes, (width[1], length[1]), generator)
     return _write(x, target, inside, _colour(x, generator))
 
 
 def rotate(quarters: int) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """The augmentation that turns square pictures by so many quarters (4.1)."""
+    """The augmentation that turns square images by so many quarters (4.1)."""
     return lambda x, generator: x.rot90(quarters, (2, 3))
 
 
@@ -275,7 +275,7 @@ def jitter(
 
 
 def _base(x: Tensor, operation: Tensor, weight: Tensor | None) -> Tensor:
-    """What a picture is blended with: black (brightness), its mean (contrast), itself in grey."""
+    """What a image is blended with: black (brightness), its mean (contrast), itself in grey."""
     grey = sum(c * x[:, i : i + 1] for i, c in enumerate(LUMA))
     weight = torch.ones_like(grey) if weight is None else weight.unsqueeze(1).to(x.dtype)
     dims = tuple(range(1, x.dim()))
@@ -284,7 +284,7 @@ def _base(x: Tensor, operation: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, ...) pictures by ``shift`` turns (HSV), value and saturation kept."""
+    """Turn the hue of (B, 3, ...) images by ``shift`` turns (HSV), value and saturation kept."""
     value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - lowest
     red, green, blue = x.split(1, 1)
@@ -300,7 +300,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def translate(x: Tensor, generator: torch.Generator, *, share: float = 0.125) -> Tensor:
-    """Shift every picture by up to ``share`` of its sides, the border reflected (A.1)."""
+    """Shift every image by up to ``share`` of its sides, the border reflected (A.1)."""
     b, c, h, w = x.shape
     reach_y, reach_x = round(share * h), round(share * w)
     y = _shifted(h, _uniform(-reach_y, reach_y + 1, b, generator).floor().long())
@@ -310,10 +310,10 @@ def translate(x: Tensor, generator: torch.Generator, *, share: float = 0.125) ->
 
 
 def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
-    """A square of ``side`` pixels of every picture, at a random place (eq. 3)."""
+    """A square of ``side`` pixels of every image, at a random place (eq. 3)."""
     b, c, h, w = x.shape
     if side > min(h, w):
-        raise ValueError(f"a picture of {h}x{w} pixels is smaller than a {side}-px patch")
+        raise ValueError(f"a image of {h}x{w} pixels is smaller than a {side}-px patch")
     space_y = torch.full((b, 1), h - side, device=x.device)
     space_x = torch.full((b, 1), w - side, device=x.device)
     k = torch.arange(side, device=x.device)
@@ -329,7 +329,7 @@ def _shifted(n: int, shift: Tensor) -> Tensor:
 
 
 def normal(x: Tensor, generator: torch.Generator) -> Tensor:
-    """The picture as it is: class 0 of every method."""
+    """The image as it is: class 0 of every method."""
     return x
 
 
@@ -351,7 +351,7 @@ METHODS = {
 def pretext_batch(
     x: Tensor, method: str, generator: torch.Generator, options: dict[str, dict] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pretext task's batch (eq. 1): every picture once in each class of ``method``.
+    """The pretext task's batch (eq. 1): every image once in each class of ``method``.
 
     Returns images (K * B, 3, H, W) and labels (K * B,). ``options`` holds keyword options for an
     augmentation under its name: ``{"cutpaste": {"area": (0.02, 0.3)}}``.

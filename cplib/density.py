@@ -9,6 +9,8 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.model_selection import KFold
 from torch import Tensor
 
+CHUNK = 16  # places whose covariances are in memory at once
+
 
 def l2_normalise(z: Tensor) -> Tensor:
     """Features (..., D) scaled to length one, as the authors' earlier code does."""
@@ -54,11 +56,6 @@ class Gaussian:
         return cls._from(z.double().mean(0), torch.from_numpy(covariance).to(z.device), 0.0)
 
     @classmethod
-    def fit_stream(cls, chunks: Iterable[Tensor], *, reg_covar: float = 1e-6) -> "Gaussian":
-        """As ``fit`` for features that come in chunks (N, D), never all in memory."""
-        return cls.from_moments(*moments(chunks), reg_covar=reg_covar)
-
-    @classmethod
     def from_moments(
         cls, count: int, total: Tensor, square: Tensor, *, reg_covar: float = 1e-6
     ) -> "Gaussian":
@@ -92,8 +89,8 @@ class Gaussian:
 def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian], *, folds: int = 5) -> float:
     """Mean negative log density of features z (N, D), nats, each under a fit without its fold.
 
-    Evidence for a choice of ``fit`` that needs no defective picture: the lower the better. A
-    network that was trained on these pictures has seen them all, the fit has not. Raises ValueError
+    Evidence for a choice of ``fit`` that needs no anomalous image: the lower the better. A
+    network that was trained on these images has seen them all, the fit has not. Raises ValueError
     for fewer than two.
     """
     parts = KFold(min(folds, len(z)), shuffle=True, random_state=0).split(z)
@@ -102,32 +99,19 @@ def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian], *, folds: int = 5) ->
 
 
 @dataclass(frozen=True)
-class FewGaussians:
-    """Scores as ``Gaussian`` does for each leading index, kept as samples and not as D x D factors.
+class PlaceGaussians:
+    """One Gaussian for each place (A.5), kept as the features z (N, P, D) that they are fitted to.
 
-    Exact, by the matrix inversion lemma: ``centred`` (..., N, D), float32, are the samples less
-    their ``mean`` (..., D), and ``factor`` (..., N, N) is the lower Cholesky factor of their inner
-    products, ``N * reg_covar`` added to the diagonal. Smaller than a Gaussian where N < 0.78 D.
+    D x D factors of every place would take more memory than the features, and no less time.
     """
 
-    mean: Tensor
-    centred: Tensor
-    factor: Tensor
-    reg_covar: float
-
-    @classmethod
-    def fit(cls, z: Tensor, *, reg_covar: float = 1e-6) -> "FewGaussians":
-        """As ``Gaussian.fit``; ``reg_covar`` has to be positive."""
-        if z.shape[-2] == 0 or not torch.isfinite(z).all() or reg_covar <= 0:
-            raise ValueError("Gaussians need finite features, and a reg_covar above zero")
-        mean = z.double().mean(-2)
-        centred = (z.double() - mean.unsqueeze(-2)).float()
-        inner = centred.double() @ centred.double().mT
-        inner.diagonal(dim1=-2, dim2=-1).add_(z.shape[-2] * reg_covar)
-        return cls(mean, centred, torch.linalg.cholesky(inner).contiguous(), reg_covar)
+    z: Tensor
+    reg_covar: float = 1e-6
 
     def score(self, z: Tensor) -> Tensor:
-        """Anomaly scores (..., M) of z (..., M, D): half the squared distance of eq. 2."""
-        d = z.double() - self.mean.unsqueeze(-2)
-        seen = torch.linalg.solve_triangular(self.factor, self.centred.double() @ d.mT, upper=False)
-        return (d.square().sum(-1) - seen.square().sum(-2)) / (2 * self.reg_covar)
+        """Anomaly scores (M, P) of z (M, P, D): half the squared distance of eq. 2."""
+        scores = []
+        for normal, part in zip(self.z.split(CHUNK, 1), z.split(CHUNK, 1), strict=True):
+            gaussians = Gaussian.fit(normal.transpose(0, 1), reg_covar=self.reg_covar)
+            scores.append(gaussians.score(part.transpose(0, 1)))
+        return torch.cat(scores).T

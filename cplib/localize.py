@@ -1,8 +1,8 @@
-"""Where the defect is: dense patch scores, receptive-field upsampling, GradCAM (2.4, 4.2, A.5)."""
+"""Where the anomaly is: dense patch scores, receptive-field upsampling, GradCAM (2.4, 4.2, A.5)."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,10 +10,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 
-from cplib.density import Gaussian, l2_normalise
 from cplib.model import PretextNet, full_precision
 
-CHUNK = 8  # pictures of a GradCAM batch
+CHUNK = 8  # images of a GradCAM batch
 
 
 def positions(height: int, width: int, window: int, stride: int = 4) -> tuple[int, int]:
@@ -28,28 +27,25 @@ def positions(height: int, width: int, window: int, stride: int = 4) -> tuple[in
     return (height - window) // stride + 1, (width - window) // stride + 1
 
 
+@torch.inference_mode()
 @full_precision()
 def window_features(
     net: PretextNet, pixels: Tensor, *, window: int, stride: int = 4, batch: int = 512
 ) -> Tensor:
-    """Features (N, rows, columns, D) of every window of uint8 images (N, 3, H, W), float32."""
-    lines = _lines(_encode(net), pixels, window=window, stride=stride, batch=batch)
-    return torch.stack(list(lines), 1)
+    """Features (N, rows, columns, D) of every window of uint8 images (N, 3, H, W), float32 (A.5).
 
-
-@torch.inference_mode()
-def _lines(
-    encode: Callable, pixels: Tensor, *, window: int, stride: int, batch: int = 512
-) -> Iterator[Tensor]:
-    """Features (N, columns, D) of one row of windows after the other.
-
-    Only ``batch`` of them are copied at a time, and only one row's features are in memory.
+    Windows are copied ``batch`` at a time. ValueError for images smaller than a window.
     """
-    rows, columns = positions(*pixels.shape[2:], window, stride)
-    for top in range(0, rows * stride, stride):
-        windows = pixels[:, :, top : top + window].unfold(3, window, stride).movedim(3, 1)
-        parts = windows.split(max(1, batch // columns))
-        yield torch.cat([encode(part.flatten(0, 1)) for part in parts]).unflatten(0, (-1, columns))
+    positions(*pixels.shape[2:], window, stride)
+    encode = _encode(net)
+    features = []
+    for image in pixels:
+        windows = image.unfold(1, window, stride).unfold(2, window, stride)
+        shape = windows.shape[1:3]
+        windows = windows.permute(1, 2, 0, 3, 4).flatten(0, 1)
+        parts = [encode(part).cpu() for part in windows.split(batch)]
+        features.append(torch.cat(parts).unflatten(0, shape))
+    return torch.stack(features)
 
 
 def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
@@ -69,67 +65,29 @@ def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-@torch.inference_mode()
-@full_precision()
-def window_scores(
-    net: PretextNet,
-    normal: Tensor,
-    pixels: Tensor,
-    *,
-    window: int,
-    stride: int = 4,
-    per_position: bool = False,
-    reg_covar: float = 1e-6,
-    l2: bool = False,
-) -> Tensor:
-    """Anomaly scores (N, rows, columns) of every window of ``pixels``; Gaussians from ``normal``.
-
-    ``per_position`` fits one Gaussian to each place of an aligned category, else one to all (A.5).
-    """
-    encode = _encode(net)
-    scale = l2_normalise if l2 else torch.Tensor.float
-
-    def lines(pictures: Tensor) -> Iterator[Tensor]:
-        return map(scale, _lines(encode, pictures, window=window, stride=stride))
-
-    if per_position:
-        pairs = zip(lines(normal), lines(pixels), strict=True)
-        return torch.stack([_by_position(*pair, reg_covar) for pair in pairs], 1).cpu()
-    vectors = (z.flatten(0, 1) for z in lines(normal))
-    gaussian = Gaussian.fit_stream(vectors, reg_covar=reg_covar)
-    scores = [gaussian.score(z.flatten(0, 1)).view(z.shape[:2]) for z in lines(pixels)]
-    return torch.stack(scores, 1).float().cpu()
-
-
-def _by_position(z: Tensor, z_test: Tensor, reg_covar: float) -> Tensor:
-    """Scores (N, columns) of one row of places, each under its own Gaussian, fitted in a batch."""
-    gaussians = Gaussian.fit(z.transpose(0, 1), reg_covar=reg_covar)
-    return gaussians.score(z_test.transpose(0, 1)).T.float()
-
-
 def upsample(
     maps: Tensor, size: tuple[int, int], *, window: int, stride: int = 4, std: float = 10.0
 ) -> Tensor:
-    """Window scores (N, rows, columns) as heat maps (N, H, W) of the image's ``size`` (A.5).
+    """Window scores (N, rows, columns) as anomaly maps (N, H, W) of the image's ``size`` (A.5).
 
     A transposed convolution with one Gaussian kernel the size of the receptive field spreads each
     score over its window. The kernel's values at one pixel sum to one inside the image and to less
     at its border, as in the paper: divided by that sum, each border pixel would take the whole
-    score of its one window, and heat maps would peak at the border instead of on the defect.
+    score of its one window, and maps would peak at the border instead of on the anomaly.
     Pixels that no window covers take the value of the nearest one that is.
     """
     axis = torch.arange(window, device=maps.device, dtype=maps.dtype) - (window - 1) / 2
     bell = torch.exp(-(axis**2) / (2 * std**2))
     bell = bell / bell.sum() * stride
     kernel = (bell[:, None] * bell)[None, None]
-    heat = F.conv_transpose2d(maps[:, None], kernel, stride=stride)
-    rest = size[0] - heat.shape[2], size[1] - heat.shape[3]
-    return F.pad(heat, (0, rest[1], 0, rest[0]), mode="replicate")[:, 0]
+    maps = F.conv_transpose2d(maps[:, None], kernel, stride=stride)
+    rest = size[0] - maps.shape[2], size[1] - maps.shape[3]
+    return F.pad(maps, (0, rest[1], 0, rest[0]), mode="replicate")[:, 0]
 
 
 @full_precision()
 def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
-    """GradCAM heat maps (N, H, W) of the image-level model, for uint8 pictures (N, 3, H, W).
+    """GradCAM anomaly maps (N, H, W) of the image-level model, for uint8 images (N, 3, H, W).
 
     Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly. Layer and
     target are our choice, the paper names neither (4.2).

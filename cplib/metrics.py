@@ -13,7 +13,7 @@ def image_metrics(labels, scores) -> dict[str, float | None]:
     """AUROC, average precision and the best F1 over all thresholds, in percent.
 
     ``labels`` (N,) are 0 or 1, ``scores`` (N,) higher where more anomalous. Each metric is None
-    where the test set lacks good or defective pictures; ValueError if a score is not finite.
+    where the test set lacks good or defective images; ValueError if a score is not finite.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
     if not np.isfinite(scores).all():
@@ -26,7 +26,7 @@ def image_metrics(labels, scores) -> dict[str, float | None]:
 
 
 def auroc_between(good, bad) -> float | None:
-    """AUROC, percent, of the scores (N,) of good pictures against those (M,) of bad ones."""
+    """AUROC, percent, of the scores (N,) of good images against those (M,) of bad ones."""
     labels = np.repeat([0, 1], [len(good), len(bad)])
     return image_metrics(labels, np.concatenate([good, bad]))["image_auroc"]
 
@@ -56,9 +56,9 @@ def pixel_metrics(masks, heat) -> dict[str, float | None]:
 
 
 def peak_within(masks, heat, distance: float = 16) -> float | None:
-    """Percent of defective pictures whose hottest pixel lies on the defect, or so many px from it.
+    """Percent of defective images whose hottest pixel lies on the defect, or so many px from it.
 
-    ``masks`` and ``heat`` are (N, H, W); None where no picture has a defect.
+    ``masks`` and ``heat`` are (N, H, W); None where no image has a defect.
     """
     hits = []
     for mask, values in zip(np.asarray(masks), np.asarray(heat), strict=True):

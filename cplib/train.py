@@ -6,9 +6,8 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +17,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from cplib import augment
-from cplib.config import BASELINES, PRECISIONS, Run
-from cplib.model import PretextNet
+from cplib.datasets import atomic
+from cplib.model import PretextNet, build
+from cplib.run import PRECISIONS, Run
 
 HISTORY_ROWS = 100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,22 +28,6 @@ BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
 
 class OutOfTime(Exception):
     """The deadline passed: the checkpoint holds all that was done."""
-
-
-def build(run: Run, weights: str | Path | None = None) -> PretextNet:
-    """The run's network as it starts, the same for the same seed, global random state untouched."""
-    classes = 2 if run.method in BASELINES else len(augment.METHODS[run.method])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.stream)
-        return PretextNet(
-            classes,
-            backbone=run.backbone,
-            init=run.init,
-            head=run.head,
-            head_batchnorm=run.head_batchnorm,
-            freeze_batchnorm=run.freeze_batchnorm,
-            weights=weights,
-        )
 
 
 def precision(run: Run, device: str | torch.device) -> str:
@@ -79,7 +63,7 @@ def cpu_capabilities() -> dict:
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
-def options(run: Run) -> dict[str, dict]:
+def augmentation_kwargs(run: Run) -> dict[str, dict]:
     """The run's fields as the options of each augmentation; lengths scaled to its size."""
     scale = run.size / 256
     patch = {"area": run.area, "aspect": run.aspect, "jitter": run.patch_jitter}
@@ -125,7 +109,7 @@ def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, momentum=run.momentum, **rates)
 
 
-def fit(
+def training(
     run: Run,
     pixels: torch.Tensor,
     device: str | torch.device = "cpu",
@@ -133,15 +117,14 @@ def fit(
     checkpoint: str | Path | None = None,
     deadline: float | None = None,
     weights: str | Path | None = None,
-    watch: Callable[[PretextNet], dict] | None = None,
-) -> tuple[PretextNet, pd.DataFrame]:
-    """Train the run's network on normal pictures, uint8 (N, 3, H, W).
+) -> Iterator[tuple[PretextNet, list[dict]]]:
+    """Train the run's network on normal images, uint8 (N, 3, H, W).
 
-    Returns the network after the last update and its history: update, loss, accuracy, learning
-    rate and seconds, with what ``watch`` returns at the ``run.curve`` points. With ``checkpoint``,
-    a file, training resumes from it and writes it every $CPLIB_CHECKPOINT_SECONDS (default 30) and
-    after the last update; past ``deadline`` (seconds since the epoch) it is written and OutOfTime
-    raised.
+    Yields the network and its history, a dict a row (update, loss, accuracy, learning rate,
+    seconds), at the ``run.curve`` updates and after the last one; what the caller adds to the last
+    row is kept. With ``checkpoint``, a file, training resumes from it and writes it every
+    $CPLIB_CHECKPOINT_SECONDS (default 30) and after the last update; past ``deadline`` (seconds
+    since the epoch) it is written and OutOfTime raised.
     """
     net = build(run, weights).to(device, memory_format=torch.channels_last)
     optimizer = optimiser(run, net)
@@ -149,8 +132,9 @@ def fit(
     scaler = grad_scaler(run, device)
     parts = net, optimizer, generator, scaler
     about = provenance(run, pixels, device)
-    total = total_updates(run)
-    update, history, sums = resume(checkpoint, about, total, *parts)
+    total = run.total_updates
+    began, history, sums = resume(checkpoint, about, total, *parts)
+    update = began
     pixels, points = pixels.to(device), _marks(run, run.curve)
     rows = _marks(run, HISTORY_ROWS) | points
     interval = float(os.environ.get("CPLIB_CHECKPOINT_SECONDS") or 30)
@@ -160,17 +144,26 @@ def fit(
             sums += step(run, net, optimizer, pixels, generator, scaler, update)
         update += 1
         if update in rows:
-            row = _row(update, history, sums, optimizer, time.time() - started)
-            noted = time.time()
-            history.append(row | (watch(net) if watch and update in points else {}))
-            started += time.time() - noted  # what is noted on the way is not training time
+            history.append(_row(update, history, sums, optimizer, time.time() - started))
+        if update in points - {total}:
+            paused = time.time()
+            yield net, history
+            started += time.time() - paused  # not training time
         late = deadline is not None and time.time() > deadline
-        if checkpoint and (late or update == total or time.time() - saved > interval):
+        if checkpoint and update < total and (late or time.time() - saved > interval):
             save(checkpoint, about, total, update, history, sums, *parts)
             saved = time.time()
         if late and update < total:
             raise OutOfTime(f"{run.id}: {update} of {total} updates done")
-    return net.eval(), pd.DataFrame(history)
+    yield net.eval(), history
+    if checkpoint and update > began:
+        save(checkpoint, about, total, update, history, sums, *parts)
+
+
+def fit(run: Run, pixels: torch.Tensor, *args, **options) -> tuple[PretextNet, pd.DataFrame]:
+    """The network after the last update, and its history; arguments as of ``training``."""
+    *_, (net, history) = training(run, pixels, *args, **options)
+    return net, pd.DataFrame(history)
 
 
 @contextlib.contextmanager
@@ -183,7 +176,7 @@ def _seeded(run: Run, update: int, device: torch.device):
 
 def _marks(run: Run, n: int) -> set[int]:
     """At most n updates, evenly spaced, the last among them."""
-    return {math.ceil(total_updates(run) * i / n) for i in range(1, n + 1)}
+    return {math.ceil(run.total_updates * i / n) for i in range(1, n + 1)}
 
 
 def _row(update, history, sums, optimizer, seconds) -> dict:
@@ -227,19 +220,9 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
 
 
-def total_updates(run: Run) -> int:
-    """Updates of both phases."""
-    return run.head_updates + run.updates
-
-
-def images(run: Run) -> int:
-    """Images that the run's training looks at: updates x sources x classes."""
-    return total_updates(run) * run.sources * len(augment.METHODS.get(run.method, ()))
-
-
 def crop_side(run: Run, update: int) -> int:
     """Side in pixels of the crops that an update looks at; 0 for whole images."""
-    return run.crop if update < total_updates(run) - round(run.whole * run.updates) else 0
+    return run.crop if update < run.total_updates - round(run.whole * run.updates) else 0
 
 
 def draw(
@@ -262,7 +245,7 @@ def draw(
         x = augment.crop(x, generator, side=crop)
     x = x.float() / 255
     x = augment.jitter(x, generator, strength=run.jitter)
-    return augment.pretext_batch(x, run.method, generator, options(run))
+    return augment.pretext_batch(x, run.method, generator, augmentation_kwargs(run))
 
 
 def provenance(run: Run, pixels: torch.Tensor, device: str | torch.device) -> dict[str, str]:
@@ -287,15 +270,8 @@ def save(path, about, total, update, history, sums, net, optimizer, generator, s
     tensors |= {"generator": generator.get_state(), "sums": sums}
     meta = about | {"update": str(update), "history": json.dumps(history)}
     meta["scaler"] = json.dumps(scaler.state_dict())
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f"{path.stem}.", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            save_file(tensors, partial, metadata=meta)
-            partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+    with atomic(Path(path)) as part:
+        save_file(tensors, part, metadata=meta)
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

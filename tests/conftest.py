@@ -1,11 +1,12 @@
 """What the tests share: one thread, a cache of their own, and a small demo set."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from cplib.demo import make_demo
+from cplib.apps.demo import make_demo
 
 torch.set_num_threads(1)
 
@@ -17,13 +18,14 @@ def own_environment(tmp_path_factory):
         patch.setenv("CPLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-        for name in ("MVTEC_ROOT", "CPLIB_WEIGHTS", "CPLIB_RESULTS", "CPLIB_MAX_CATEGORIES"):
-            patch.delenv(name, raising=False)
+        for name in [n for n in os.environ if n == "MVTEC_ROOT" or n.startswith("CPLIB_")]:
+            if name not in ("CPLIB_CACHE", "CPLIB_SCREENSHOTS"):
+                patch.delenv(name)
         yield
 
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
-    """The demo set, 64 pixels: 8 pictures to train on, 4 good and 6 defective ones to test on."""
+    """The demo set, 64 pixels: 8 images to train on, 4 good and 6 anomalous ones to test on."""
     folder = tmp_path_factory.mktemp("data") / "demo"
     return make_demo(folder, train=8, good=4, defective=6, size=64)

@@ -1,0 +1,1 @@
+"""For people: the command line, notebooks, own images, download, Colab, the demo set."""

@@ -1,0 +1,139 @@
+"""The command line: ``python -m cplib``; run_all.sh calls its ``notebooks``."""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from cplib.study.profiles import PROFILES
+
+profile_option = click.option(
+    "--profile", default="demo", help=f"{', '.join(PROFILES)} (default: demo)"
+)
+device_option = click.option("--device", default="auto", help="auto (default), cpu or cuda")
+# Options that reach the notebooks through the environment: see ``open_workspace``.
+ENVIRONMENT = {"seeds": "CPLIB_SEEDS", "weights": "CPLIB_WEIGHTS", "engine": "CPLIB_ENGINE"}
+ENVIRONMENT["budget"] = "CPLIB_BUDGET"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """A reproducible companion to CutPaste (Li et al., CVPR 2021)."""
+
+
+@commands.command()
+@profile_option
+@click.option("--data", default="", help="folder in the MVTec layout (else $MVTEC_ROOT)")
+@click.option("--categories", default="", help="a,b: only these")
+@click.option("--seeds", default="", help="how many (default: the profile's)")
+@click.option("--only", default="", help="NN,NN: only these notebooks")
+@click.option("--from", "start", default="", help="NN: from this notebook on")
+@click.option("--engine", default="", help="local (default) or ray")
+@click.option("--budget", default="", help="stop training after 90s, 45m, 2h")
+@device_option
+@click.option("--weights", default="", help="folder of ImageNet weights (else $CPLIB_WEIGHTS)")
+def notebooks(profile, data, categories, only, start, device, **options) -> int:
+    """Execute the notebooks: every table and figure of a profile."""
+    from cplib.apps.notebooks import choose, run_notebooks
+    from cplib.apps.workspace import open_workspace
+
+    chosen = choose(only, start)
+    os.environ |= {ENVIRONMENT[name]: value for name, value in options.items() if value}
+    if profile == "smoke" and not os.environ.get("CPLIB_RESULTS"):
+        os.environ["CPLIB_RESULTS"] = tempfile.mkdtemp(prefix="cplib-")
+    return run_notebooks(open_workspace(profile, data, categories, device), chosen)
+
+
+@commands.command()
+@click.argument("folder")
+@click.option("--data", required=True, help="folder in the MVTec layout")
+@device_option
+@click.option("--weights", default=None, help="folder of ImageNet weights")
+def rerun(folder, data, device, weights) -> int:
+    """Repeat a stored run (results/PROFILE/runs/ID) and compare its scores."""
+    from cplib.apps.workspace import find_device
+    from cplib.study.store import Places
+    from cplib.study.sweep import rerun as repeat
+
+    same, line = repeat(folder, Places(Path(), Path(data), weights, find_device(device)))
+    print(f"{folder}: {'the same' if same else 'NOT the same'} ({line})")
+    return 0 if same else 1
+
+
+@commands.command()
+@click.argument("folder")
+@click.option("--accept-licence", is_flag=True, help="CC BY-NC-SA 4.0, without being asked")
+def download(folder, accept_licence) -> None:
+    """Fetch MVTec AD (5.3 GB) into a new folder, or resume its download."""
+    from cplib.apps.download import download as fetch
+
+    fetch(folder, accept_licence=accept_licence)
+
+
+@commands.command()
+@click.argument("detector")
+@click.argument("folder")
+@click.option("--out", required=True, help="CSV: file, score, threshold, anomalous")
+@device_option
+def score(detector, folder, out, device) -> int:
+    """Score every image below a folder with a detector that notebook 12 saved."""
+    from cplib.apps.detector import Detector, score_folder
+    from cplib.apps.workspace import find_device
+    from cplib.datasets import left_out
+
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"no such folder for --out: {Path(out).parent}")
+    if Path(out).is_dir():
+        raise ValueError(f"a folder, not a file, for --out: {out}")
+    tool = Detector.load(detector, find_device(device))
+    began = time.perf_counter()
+    table, problems = score_folder(tool, folder)
+    each = 1000 * (time.perf_counter() - began) / len(table)
+    others = left_out(folder)  # before the CSV may be one of them
+    table.to_csv(out, index=False, float_format="%.9g")
+    for line in filter(None, [*problems, others]):
+        print(line, file=sys.stderr)
+    flagged = int(table["anomalous"].sum())
+    print(f"images: {len(table)}; {each:.1f} ms each; {flagged} at or above the threshold")
+    return 1 if problems else 0
+
+
+@commands.command()
+@profile_option
+def pages(profile) -> None:
+    """Make pages of a profile's committed results."""
+    from cplib.apps.pages import write_pages
+    from cplib.apps.workspace import ROOT
+
+    folder = ROOT / "results" / profile
+    if not folder.is_dir():
+        raise ValueError(f"no such folder of results: {folder}")
+    print(write_pages(folder))
+
+
+@commands.command()
+def maintain() -> None:
+    """Write README's tables, and the notebooks' Colab badges, from results and pyproject.toml."""
+    from cplib.apps import colab, pages
+
+    pages.fill_readme()
+    colab.write_badges()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and exit: 0 if all went well, 1 if not, 2 if it was asked for wrongly."""
+    try:
+        status = commands(argv, standalone_mode=False)
+    except click.exceptions.Abort:
+        print("\nstopped: the same command resumes", file=sys.stderr)
+        status = 130
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        status = 2
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)

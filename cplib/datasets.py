@@ -1,0 +1,481 @@
+"""A data set's folder as tensors: MVTec AD, MPDD, BTAD, VisA, or any folder in MVTec's layout."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+# Not read from a folder of one's own: EPS is a program (Ghostscript would run it), of the others
+# PIL knows only the name.
+NOT_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+CACHE_VERSION = 1  # part of every entry's name: raise it when decoding changes
+CACHE_PREFIX = "cplib-images-"
+LAYOUT = "<root>/<category>/{train/good, test/good, test/<defect>, ground_truth/<defect>}/*.png"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+NORMAL = ("good", "ok")  # the folder of normal images: MVTec AD and MPDD; BTAD
+VISA = "split_csv/1cls.csv"  # VisA's one-class protocol: only there are its splits
+COLUMNS = ("object", "split", "label", "image", "mask")
+
+
+@contextlib.contextmanager
+def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A temporary file or folder to write to; renamed to ``path`` at the end, whole or not at all.
+
+    OSError in one line where that fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        if folder:
+            part.mkdir()
+        yield part
+        part.rename(path) if folder else part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True) if folder else part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """What is known of a data set: its categories, and which of them always lie the same way."""
+
+    textures: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()  # one Gaussian for each position (A.5)
+    train: tuple[int, ...] = ()  # official numbers of training images, in the categories' order
+    published: bool = False  # whether the paper has numbers for it
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Textures, then objects, in the paper's order."""
+        return self.textures + self.objects
+
+
+MVTEC = DataSet(
+    textures=("carpet", "grid", "leather", "tile", "wood"),
+    objects=(
+        "bottle",
+        "cable",
+        "capsule",
+        "hazelnut",
+        "metal_nut",
+        "pill",
+        "screw",
+        "toothbrush",
+        "transistor",
+        "zipper",
+    ),
+    aligned=(
+        "bottle",
+        "cable",
+        "capsule",
+        "metal_nut",
+        "pill",
+        "toothbrush",
+        "transistor",
+        "zipper",
+    ),
+    train=(280, 264, 245, 230, 247, 209, 224, 219, 391, 220, 267, 320, 60, 213, 240),
+    published=True,
+)
+DEMO = DataSet(textures=("brick", "fabric"), objects=("coin", "gear"), aligned=("coin", "gear"))
+# "own" is any other folder in MVTec's layout, whatever its categories are called.
+OTHERS = ("visa", "btad", "mpdd", "own")
+DATASETS = {"mvtec": MVTEC, "demo": DEMO} | dict.fromkeys(OTHERS, DataSet())
+MPDD = {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"}
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message is one line that names the file or folder."""
+
+
+class Item(NamedTuple):
+    """An image of a data set."""
+
+    image: Path
+    kind: str  # "good" or the kind of anomaly
+    mask: Path | None
+    least: int = 128  # values of the mask from here on are the defect
+
+
+def categories(root: str | Path) -> list[str]:
+    """Return the sorted names of the categories in `root`; DataError if there are none."""
+    root = Path(root)
+    if (root / VISA).is_file():
+        found = sorted({row["object"] for row in _visa(root)})
+    else:
+        found = [path.name for path in _folders(root) if _normal(path)]
+    if not found:
+        raise DataError(f"{root}: no category in this folder; expected {LAYOUT}")
+    return found
+
+
+def identify(root: str | Path) -> str:
+    """Which data set a folder holds: a name of ``DATASETS``.
+
+    MVTec AD is known by its categories' names and numbers of training images: an own folder named
+    "bottle" is not set beside the paper's numbers.
+    """
+    root = Path(root)
+    if (root / VISA).is_file():
+        return "visa"
+    if (root / "demo.json").is_file():
+        return "demo"
+    found = {name: root / name / "train" for name in categories(root)}
+    official = dict(zip(MVTEC.categories, MVTEC.train, strict=True))
+    if set(found) <= set(official):
+        numbers = {name: len(_images_in(train / "good")) for name, train in found.items()}
+        return "mvtec" if numbers.items() <= official.items() else "own"
+    if all((folder / "ok").is_dir() for folder in found.values()):
+        return "btad"
+    return "mpdd" if set(found) <= MPDD else "own"
+
+
+def files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
+    """Return the images of a split, normal ones first, and whether masks belong to them."""
+    if split not in ("train", "test"):
+        raise DataError(f"{root}: no split {split!r}; expected 'train' or 'test'")
+    visa = (root / VISA).is_file()
+    if category not in (categories(root) if visa else [path.name for path in _folders(root)]):
+        known = ", ".join(categories(root))
+        raise DataError(f"{root}: no category {category!r}; expected one of {known}")
+    return (_visa_files if visa else _folder_files)(root, category, split)
+
+
+@contextlib.contextmanager
+def as_data_error(path: Path, expected: str) -> Iterator[None]:
+    """Turn whatever is raised into a DataError of one line that names `path`."""
+    try:
+        yield
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path}: {' '.join(reason.split())}; expected {expected}") from None
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """DataError for a name that cannot stand in a CSV file and in a message of one line."""
+    for path in paths:
+        if "\n" in path.name or path.name.encode(errors="ignore").decode() != path.name:
+            raise DataError(f"{str(path)!r}: expected a name in UTF-8, on one line")
+
+
+def _entries(folder: Path) -> list[Path]:
+    with as_data_error(folder, f"a folder of {LAYOUT}"):
+        found = sorted(folder.iterdir(), key=lambda path: path.name)
+    check_names(found)
+    return [path for path in found if not path.name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_dir()]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    # not is_file(): a link that leads nowhere has to be an error, not one image fewer
+    found = [path for path in _entries(folder) if not path.is_dir()]
+    return [path for path in found if path.suffix.lower() in SUFFIXES]
+
+
+def _normal(folder: Path) -> str | None:
+    return next((name for name in NORMAL if (folder / "train" / name).is_dir()), None)
+
+
+def _folder_files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
+    folder = root / category
+    normal = _normal(folder) or NORMAL[0]
+    masked = split == "test" and (folder / "ground_truth").is_dir()
+    top = folder / split
+    kinds = [top / normal] if split == "train" else _folders(top)
+    kinds.sort(key=lambda path: (path.name != normal, path.name))
+    items = []
+    for kind in kinds:
+        found = _anomalous_items(folder, kind, masked)
+        items += _normal_items(kind) if kind.name == normal else found
+    if not items:
+        empty = kinds[0] if split == "train" else top
+        raise DataError(f"{empty}: no images in this folder; expected {LAYOUT}")
+    return items, masked
+
+
+def _normal_items(kind: Path) -> list[Item]:
+    return [Item(image, "good", None) for image in _images_in(kind)]
+
+
+def _anomalous_items(folder: Path, kind: Path, masked: bool) -> Iterator[Item]:
+    truth = folder / "ground_truth" / kind.name
+    masks = {path.stem: path for path in _images_in(truth)} if masked and truth.is_dir() else {}
+    for image in _images_in(kind):
+        name = f"{image.stem}_mask"
+        mask = masks.get(name) or masks.get(image.stem)
+        if masked and mask is None:
+            raise DataError(f"{truth / name}.png: missing; expected the mask of {image}")
+        yield Item(image, kind.name, mask)
+
+
+def _visa(root: Path) -> list[dict[str, str]]:
+    with (
+        as_data_error(root / VISA, f"the columns {','.join(COLUMNS)}"),
+        (root / VISA).open(newline="", encoding="utf-8-sig") as file,
+    ):
+        rows = [{name: row[name] for name in COLUMNS} for row in csv.DictReader(file)]
+        if not rows or any(None in row.values() for row in rows):
+            raise ValueError("a row is missing or too short")
+    return rows
+
+
+def _visa_files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
+    rows = [row for row in _visa(root) if (row["object"], row["split"]) == (category, split)]
+    items = [_visa_item(root, row) for row in rows]
+    items = [item for item in items if split == "test" or item.kind == "good"]
+    if not items:
+        raise DataError(f"{root / VISA}: no images of {split}; expected some of {category!r}")
+    check_names(item.image for item in items)
+    masked = any(item.mask for item in items)
+    for item in items:
+        if masked and item.kind != "good" and item.mask is None:
+            raise DataError(f"{root / VISA}: expected the mask of {item.image}")
+    return sorted(items, key=lambda item: (item.kind != "good", item.kind, item.image)), masked
+
+
+def _visa_item(root: Path, row: dict[str, str]) -> Item:
+    """VisA's masks hold the number of the kind of anomaly, from 1."""
+    for name in (row["image"], row["mask"] or row["image"]):
+        parts = PurePosixPath(name).parts
+        if parts[:1] != (row["object"],) or ".." in parts:
+            raise DataError(f"{root / VISA}: {name!r}; expected a file below {row['object']!r}")
+    kind = "good" if row["label"] == "normal" else row["label"]
+    mask = root / row["mask"] if row["mask"] and kind != "good" else None
+    return Item(root / row["image"], kind, mask, least=1)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one split, and what is known about each."""
+
+    pixels: torch.Tensor  # uint8 (N, 3, H, W)
+    labels: torch.Tensor  # int64 (N,): 0 normal, 1 anomalous
+    kinds: tuple[str, ...]  # "good" or the defect folder's name
+    masks: torch.Tensor | None  # bool (N, H, W), True on the anomaly; None without ground truth
+    names: tuple[str, ...]  # path below the category folder: "test/good/000.png"
+
+    def __len__(self) -> int:
+        """Return the number of images, N."""
+        return len(self.names)
+
+
+def load(
+    root: str | Path,
+    category: str,
+    split: str,
+    size: int | tuple[int, int] = 256,
+    *,
+    cache: str | Path | None = None,
+) -> Images:
+    """Load split "train" or "test" at `size` pixels, square or (height, width), or DataError.
+
+    `root` holds MVTec AD, MPDD, BTAD, VisA, or images in the first one's layout.
+    What was decoded is kept in the folder `cache` (default: $CPLIB_CACHE or the user's cache).
+    """
+    shape = _shape(size)
+    items, masked = files(Path(root), category, split)
+    entry = _cache_entry(cache, items, [split, shape, masked])
+    images = _restore(entry)
+    if images is None:
+        images = _decode(Path(root, category), items, shape, masked)
+        _keep(images, entry)
+    return images
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The files below `folder` named as a format that PIL reads, sorted; DataError if none is."""
+    folder = Path(folder).expanduser()
+    with as_data_error(folder, "a folder of images"):
+        if not folder.is_dir():
+            raise NotADirectoryError("no such folder")
+        suffixes = _suffixes()
+        found = [path for path in _files(folder) if path.suffix.lower() in suffixes]
+        if not found:
+            raise FileNotFoundError("no images in this folder")
+    check_names(found)
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def left_out(folder: str | Path) -> str:
+    """A line on the files below `folder` that `images` leaves out by their names, or ""."""
+    ours = _suffixes()
+    ends = [path.suffix.lower() for path in _files(Path(folder).expanduser())]
+    ends = [end for end in ends if end not in ours]
+    kinds = ", ".join(sorted({end or "no ending" for end in ends}))
+    return f"{folder}: left out, no images by their names: {len(ends)} ({kinds})" if ends else ""
+
+
+def read_images(
+    paths: Iterable[str | Path], size: int | tuple[int, int] = 256
+) -> tuple[torch.Tensor, list[Path], list[str]]:
+    """Images of any size and format of PIL's as uint8 (N, 3, H, W), resized as `load` does.
+
+    Returns the pixels, the paths that they came from, and a line for each file that is no image.
+    Of an animation the first frame is taken.
+    """
+    paths, shape, formats = [Path(path) for path in paths], _shape(size), _formats()
+
+    def read_one(path: Path) -> np.ndarray | DataError:
+        try:
+            return _resized(_read(path, "RGB", formats), shape)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(read_one, paths))
+    problems = [str(one) for one in found if isinstance(one, DataError)]
+    whole = [i for i, one in enumerate(found) if not isinstance(one, DataError)]
+    pixels = np.stack([found[i] for i in whole]) if whole else np.empty((0, 3, *shape), np.uint8)
+    return torch.from_numpy(pixels), [paths[i] for i in whole], problems
+
+
+def fingerprint(images: Images) -> str:
+    """Return 16 hex digits of a SHA-256 over pixels, labels, kinds, names and masks."""
+    tensors = [images.pixels, images.labels, images.masks]
+    shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+    digest = hashlib.sha256(json.dumps([shapes, images.kinds, images.names]).encode())
+    for tensor in tensors:
+        if tensor is not None:
+            array = tensor.cpu().numpy().reshape(-1)
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(little.view(np.uint8))
+    return digest.hexdigest()[:16]
+
+
+def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
+        raise DataError(f"size {size!r}: expected a whole number above 0, or (height, width)")
+    return int(pair[0]), int(pair[1])
+
+
+def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: bool) -> Images:
+    pixels = np.empty((len(items), 3, *shape), np.uint8)
+    masks = np.zeros((len(items), *shape), bool) if masked else None
+
+    def decode_one(index: int) -> None:
+        image = _read(items[index].image, "RGB")
+        pixels[index] = _resized(image, shape)
+        if items[index].mask is not None:
+            masks[index] = _read_mask(items[index], image.size, shape)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode_one, range(len(items))))
+    kinds = tuple(item.kind for item in items)
+    return Images(
+        pixels=torch.from_numpy(pixels),
+        labels=torch.tensor([int(kind != "good") for kind in kinds]),
+        kinds=kinds,
+        masks=None if masks is None else torch.from_numpy(masks),
+        names=tuple(item.image.relative_to(folder).as_posix() for item in items),
+    )
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_IMAGES))
+
+
+def _suffixes() -> set[str]:
+    formats = _formats()
+    return {end for end, name in Image.registered_extensions().items() if name in formats}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if not p.is_dir() and not _hidden(p, folder)]
+
+
+def _hidden(path: Path, folder: str | Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _resized(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    resized = image.resize(shape[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+def _read(path: Path, mode: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    expected = "a whole image of 8 or 16 bits a channel"
+    with as_data_error(path, expected), _open(path, formats) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        image.info.pop("transparency", None)  # dropped, as alpha channels are
+        return _eight_bit(image).convert(mode)
+
+
+def _open(path: Path, formats: tuple[str, ...]) -> Image.Image:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("no such file")
+    return Image.open(path, formats=formats)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits a pixel (mode {image.mode})")
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
+
+
+def _read_mask(item: Item, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    mask = _read(item.mask, "L")
+    if mask.size != size:
+        found, expected = ("x".join(map(str, pair)) for pair in (mask.size, size))
+        raise DataError(f"{item.mask}: mask of {found} pixels; expected {expected}")
+    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) >= item.least
+
+
+def _cache_entry(cache: str | Path | None, items: list[Item], options: list) -> Path:
+    states = []
+    for path in (path for item in items for path in (item.image, item.mask) if path):
+        with as_data_error(path, "an image"):
+            state = path.stat()
+        states.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
+    kinds = [item.kind for item in items]
+    key = json.dumps([CACHE_VERSION, PIL.__version__, options, states, kinds])
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = cache or os.environ.get("CPLIB_CACHE") or os.path.join(home, "cplib")
+    name = f"{CACHE_PREFIX}{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    return Path(folder, name)
+
+
+def _restore(entry: Path) -> Images | None:
+    with contextlib.suppress(Exception):  # whatever is wrong with an entry: decode again
+        with safe_open(entry, framework="pt") as file:
+            note = json.loads(file.metadata()["images"])
+            fields = {"masks": None} | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        images = Images(kinds=tuple(note["kinds"]), names=tuple(note["names"]), **fields)
+        if fingerprint(images) == note["fingerprint"]:
+            return images
+    return None
+
+
+def _keep(images: Images, entry: Path) -> None:
+    fields = {"pixels": images.pixels, "labels": images.labels, "masks": images.masks}
+    tensors = {key: tensor for key, tensor in fields.items() if tensor is not None}
+    note = {"kinds": images.kinds, "names": images.names, "fingerprint": fingerprint(images)}
+    with contextlib.suppress(OSError), atomic(entry) as part:  # read-only, full: it saves only time
+        save_file(tensors, part, metadata={"images": json.dumps(note)})

@@ -1,0 +1,170 @@
+"""What features look like (Fig. 3): projections to the plane, and numbers for what the eye sees."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from cplib import augment
+from cplib.datasets import Images
+from cplib.metrics import auroc_between
+from cplib.model import PretextNet
+from cplib.run import BASELINES, Run
+from cplib.score import Scorer, place_scores
+from cplib.study.store import Places, cached
+from cplib.train import augmentation_kwargs
+
+STAGES = (*BASELINES, "cutpaste_3way")  # methods: before training, and after
+GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
+PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
+NUMBERS = ("classifier_auroc", "mixing", "silhouette")
+
+
+# The paper says none of this, the choices are ours.
+LIMIT = 120  # images of a group at most, evenly spread over the test set
+FOLDS = 5  # of the classifier's cross-validation
+NEIGHBOURS = 5  # looked at for the mixing
+PERPLEXITY = 30.0  # t-SNE's; less where there are fewer than 91 images
+UMAP_NEIGHBOURS = 15
+
+
+def record(run: Run, places: Places) -> dict | None:
+    """The features of an image-level run, compared and projected, kept beside it; else None.
+
+    Holds ``gaussian_auroc`` of each group against the normal images (eq. 2), the ``pairs`` with
+    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. A
+    number is None where a group is too small for it.
+    """
+
+    def compute(run: Run, net: PretextNet, train: Images, test: Images) -> dict:
+        with _one_thread():
+            scorer = Scorer.fit(run, net, train.pixels)
+            groups = image_groups(run, test)
+            z = scorer.features(torch.cat(groups))
+            scores = place_scores(scorer.density, z)[:, 0]
+            return describe(z[:, 0].split([len(g) for g in groups]), scores.numpy())
+
+    return cached(run, "features", compute, places)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The features' last bits depend on the number of threads, and the projections on those bits.
+
+    Also, for so few points the threads of t-SNE cost more than they bring.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def image_groups(run: Run, test: Images) -> list[torch.Tensor]:
+    """The four GROUPS, uint8 (N, 3, H, W) each: normal and anomalous test images, pasted copies.
+
+    Every normal one has one copy of either kind, made as the run's training makes them, without the
+    shift and the colour jitter that training gives to every image.
+    """
+    normal, anomaly = (_spread(test.pixels[test.labels == k], LIMIT) for k in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+    images, _ = augment.pretext_batch(
+        normal.float() / 255, "cutpaste_3way", generator, augmentation_kwargs(run)
+    )
+    copies = (255 * images).round().to(torch.uint8).unflatten(0, (3, len(normal)))
+    return [normal, anomaly, *copies[1:]]
+
+
+def _spread(pixels: torch.Tensor, limit: int) -> torch.Tensor:
+    """At most ``limit`` of the images, evenly spread, so that each kind keeps its share."""
+    n = min(limit, len(pixels))
+    return pixels[torch.arange(n) * len(pixels) // max(n, 1)]
+
+
+def describe(groups: list, scores: np.ndarray) -> dict:
+    """The numbers and the points of a record: features (N, D) of the GROUPS, and all their scores.
+
+    ``scores`` are the Gaussian's, in the order of the groups.
+    """
+    groups = dict(zip(GROUPS, map(np.asarray, groups), strict=True))
+    cuts = np.cumsum([len(z) for z in groups.values()])[:-1]
+    parts = dict(zip(GROUPS, np.split(np.asarray(scores), cuts), strict=True))
+    points = {name: np.split(xy.T, cuts, 1) for name, xy in project(groups).items()}
+    return {
+        "gaussian_auroc": {
+            g: auroc_between(parts["normal"], parts[g]) for g in GROUPS if g != "normal"
+        },
+        "pairs": {f"{a} {b}": separability(groups[a], groups[b]) for a, b in PAIRS},
+        **{k: {g: p.tolist() for g, p in zip(GROUPS, v, strict=True)} for k, v in points.items()},
+    }
+
+
+def project(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All groups' features on the plane, (N, 2), by t-SNE and by UMAP; both start from PCA.
+
+    The same features and seed give the same points. ValueError for fewer than four images.
+    """
+    with warnings.catch_warnings():  # umap asks for notebook widgets that it does not need here
+        warnings.simplefilter("ignore")
+        from umap import UMAP  # here: it takes seconds, which a record saves
+
+    z = np.concatenate(list(groups.values()))
+    n = len(z)
+    if n < 4:
+        raise ValueError(f"{n} images are too few to be projected")
+    how = {"init": "pca", "random_state": 0, "n_jobs": 1}
+    tsne = TSNE(perplexity=min(PERPLEXITY, (n - 1) / 3), **how)
+    umap = UMAP(n_neighbors=min(UMAP_NEIGHBOURS, n - 1), **how)
+    made = {"tsne": tsne.fit_transform(z), "umap": umap.fit_transform(z)}
+    return {name: xy.astype(float).round(2) for name, xy in made.items()}
+
+
+def separability(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    """How far two groups of features (N, D) lie apart; None where one has fewer than two.
+
+    ``classifier_auroc``, percent, of a cross-validated logistic regression that tells them apart,
+    mean over the folds: 50 where they overlap, 100 where a plane parts them.
+    ``mixing``: the share of nearest neighbours that are of the other group, in percent of what
+    chance gives, 0 to about 100. ``silhouette``: 0 where they overlap, 1 for two tight clusters.
+    """
+    if min(len(a), len(b)) < 2:
+        return dict.fromkeys(NUMBERS)
+    x, y = np.concatenate([a, b]), np.repeat([0, 1], [len(a), len(b)])
+    folds = StratifiedKFold(min(FOLDS, len(a), len(b)), shuffle=True, random_state=0)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    auroc = cross_val_score(model, x, y, cv=folds, scoring="roc_auc").mean()
+    values = 100 * auroc, 100 * _mixing(x, y, NEIGHBOURS), silhouette_score(x, y)
+    return dict(zip(NUMBERS, map(float, values), strict=True))
+
+
+def _mixing(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:
+    """The share of other labels among nearest neighbours, over its mean under random labels."""
+    nearest = NearestNeighbors(n_neighbors=min(neighbours, len(x) - 1)).fit(x)
+    others = y[nearest.kneighbors(return_distance=False)] != y[:, None]
+    n, ones = len(y), int(y.sum())
+    return others.mean() / (2 * ones * (n - ones) / (n * (n - 1)))
+
+
+def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
+    """Tidy: a row for each number of a pair of groups, under each (category, method)."""
+    rows = []
+    for key, found in records.items():
+        for group, value in found["gaussian_auroc"].items():
+            rows.append((*key, f"normal vs {group}", "gaussian_auroc", value))
+        for pair, numbers in found["pairs"].items():
+            rows += [(*key, pair.replace(" ", " vs "), *number) for number in numbers.items()]
+    columns = ["category", "method", "pair", "number", "value"]
+    return pd.DataFrame(rows, columns=columns).astype({"value": float})

@@ -1,0 +1,183 @@
+"""One style for every figure, saved by name."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+NAMES = {
+    "untrained": "untrained",
+    "pretrained": "ImageNet features",
+    "rotation": "Rotation",
+    "cutout": "Cutout",
+    "cutout_mean": "Cutout (mean)",
+    "cutout_color": "Cutout (random colour)",
+    "scar": "Scar",
+    "confetti": "Confetti",
+    "cutpaste": "CutPaste",
+    "cutpaste_scar": "CutPaste-scar",
+    "cutpaste_union": "Binary (union)",
+    "cutpaste_3way": "CutPaste-3way",
+    "pool_pretrained": "ImageNet, pooled",
+    "pool_finetuned": "finetuned, pooled",
+    "level7_pretrained": "ImageNet, level 7",
+    "level7_finetuned": "finetuned, level 7",
+    "cutpaste_3way_patch": "CutPaste-3way (patch)",
+    "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
+    "ensemble": "Ensemble",
+    "docc": "DOCC (quoted)",
+    "u_student": "U-Student (quoted)",
+    "p_svdd": "P-SVDD (quoted)",
+    "fcdd": "FCDD (quoted)",
+}
+
+
+def use_style() -> None:
+    """The companion's look: seaborn's colour-blind palette, light grid, small type."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 60,
+            "savefig.dpi": 110,
+            "image.cmap": "viridis",
+            "svg.hashsalt": "cplib",
+        }
+    )
+
+
+def save_figure(fig: Figure, results: str | Path, name: str) -> Path:
+    """Write ``results/figures/<name>.png`` and ``.pdf``; returns the image's path."""
+    folder = Path(results) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return folder / f"{name}.png"
+
+
+def overlay(image, heat, limits: tuple[float, float], strength: float = 0.6):
+    """A image (3, H, W), uint8, with its heat map (H, W) laid over it: (H, W, 3) in [0, 1].
+
+    ``limits`` are the scores shown as cold and hot; where it is cold the image stays as it is.
+    """
+    level = ((heat - limits[0]) / max(limits[1] - limits[0], 1e-12)).clip(0, 1)
+    colour = plt.get_cmap("inferno")(level.numpy())[..., :3]
+    weight = strength * level.numpy()[..., None]
+    return image.permute(1, 2, 0).numpy() / 255 * (1 - weight) + colour * weight
+
+
+def image_grid(
+    rows: dict[str, list], titles: list[str] | None = None, side: float = 1.25
+) -> Figure:
+    """Images in labelled rows; each is (3, H, W), (H, W, 3) or (H, W), uint8 or in [0, 1].
+
+    ``titles`` stand above the columns; ``side`` is a image's width in inches.
+    """
+    columns = max(map(len, rows.values()))
+    size = (side * columns + 0.8, side * len(rows) + (0.3 if titles else 0))
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for ax, image in zip(line, images, strict=False):
+            first = image.ndim == 3 and image.shape[0] == 3
+            ax.imshow(image.permute(1, 2, 0) if first else image, cmap="gray")
+    for ax, title in zip(axes[0], titles or [], strict=False):
+        ax.set_title(title, fontsize="small")
+    return fig
+
+
+# Fig. 3's colours, each with a marker of its own for those who see no colour. Normal points are
+# small and lie on top: a pasted copy that the features hardly move lies on its original.
+GROUP_MARKS = {
+    "normal": {"marker": "o", "facecolor": "C0", "edgecolor": "none", "s": 14, "zorder": 3},
+    "anomaly": {"marker": "x", "facecolor": "C3", "s": 34},
+    "cutpaste": {"marker": "^", "facecolor": "none", "edgecolor": "C2", "s": 44},
+    "cutpaste_scar": {"marker": "s", "facecolor": "C8", "edgecolor": "0.3", "s": 44},
+}
+GROUP_NAMES = {"normal": "normal", "anomaly": "real anomaly"} | NAMES
+
+
+def scatter(ax: Axes, groups: dict[str, list]) -> None:
+    """Groups of points [[x, ...], [y, ...]] as Fig. 3 marks them, named, without ticks."""
+    for group, points in groups.items():
+        ax.scatter(*points, **GROUP_MARKS[group], label=GROUP_NAMES[group], linewidth=1.2)
+    ax.set(xticks=[], yticks=[])
+
+
+VERDICT_MARKS = {
+    "reproduced": ("o", "C2"),
+    "not reproduced": ("X", "C3"),
+    "inconclusive": ("s", "C7"),
+}
+
+
+def forest(table, limit: float = 40.0) -> Figure:
+    """Verdicts of claims, as ``cplib.claims`` gives them: effects with intervals, by source.
+
+    Percentage points; an arrow stands where something lies beyond ``limit`` on either side.
+    """
+    groups = table.groupby(table["source"].str.split(",").str[0], sort=False)
+    heights = [len(part) + 0.9 for _, part in groups]
+    size = (8.5, 0.24 * sum(heights) + 1.2)
+    fig, axes = plt.subplots(len(heights), sharex=True, figsize=size, height_ratios=heights)
+    for ax, (source, part) in zip(axes, groups, strict=True):
+        ax.set_title(source, loc="left", fontsize="small", weight="bold", pad=2)
+        ax.set(xlim=(-limit - 2, limit + 2), ylim=(len(part) - 0.5, -0.5))
+        ax.set_yticks(range(len(part)), part["id"], fontsize="small")
+        ax.axvline(0, color="black", lw=1)
+        ax.grid(False, axis="y")
+        for y, row in enumerate(part.itertuples()):
+            _forest_row(ax, y, row, limit)
+    axes[-1].set_xlabel("difference in AUROC, percentage points")
+    fig.legend(*_forest_legend(), loc="outside upper center", ncols=5, fontsize="small")
+    return fig
+
+
+def _forest_row(ax, y: int, row, limit: float) -> None:
+    """One claim: its interval, its effect, the margin that counts, and the paper's effect."""
+    marker, colour = VERDICT_MARKS.get(row.verdict, ("", "C7"))
+    ends = np.clip([row.low, row.high], -limit, limit)
+    ax.plot(ends, [y, y], color=colour, lw=2, solid_capstyle="butt")
+    for end, arrow in ((-limit, "<"), (limit, ">")):
+        if end in ends:
+            ax.plot(1.02 * end, y, arrow, color=colour, ms=7)
+    if marker:
+        ax.plot(np.clip(row.effect, -limit, limit), y, marker, color=colour, ms=8)
+    else:
+        ax.text(limit, y, row.verdict, color="0.4", ha="right", va="center", fontsize="small")
+    ax.plot(row.margin, y, "|", color="black", ms=12, mew=1.5)
+    ax.plot(row.paper_effect, y, "D", mfc="none", mec="black", ms=6)
+
+
+def _forest_legend() -> tuple[list, list]:
+    marks = [Line2D([], [], marker=m, color=c, ms=7) for m, c in VERDICT_MARKS.values()]
+    paper = Line2D([], [], marker="D", mfc="none", mec="black", ls="")
+    margin = Line2D([], [], marker="|", color="black", ms=11, mew=1.5, ls="")
+    return [*marks, paper, margin], [*VERDICT_MARKS, "the paper's", "margin"]
+
+
+def dot_plot(grid, paper=None) -> Figure:
+    """Image AUROC of methods: a mark a category, a line for their mean, diamonds for the paper.
+
+    ``grid`` has a row a category and a column a method, as ``published.common`` gives it; ``paper``
+    holds the paper's averages over its fifteen categories, where the data are its own.
+    """
+    fig, ax = plt.subplots(figsize=(1.2 * grid.shape[1] + 3, 3.6))
+    for i, (category, row) in enumerate(grid.iterrows()):
+        ax.plot(range(len(row)), row, "osX^vP*"[i % 7], color=f"C{i}", ms=8, label=category)
+    ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=28, mew=2, label="mean")
+    if paper is not None:
+        theirs = paper.reindex(grid.columns)
+        style = {"mfc": "none", "mec": "0.4", "ms": 9, "label": "the paper's mean"}
+        ax.plot(range(grid.shape[1]), theirs, "D", **style)
+    ax.set_xticks(range(grid.shape[1]), [NAMES[m] for m in grid], rotation=20, ha="right")
+    ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return fig

@@ -1,0 +1,224 @@
+"""The paper's numbers, and ours beside them: tidy tables, and as the paper prints them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from cplib.datasets import DEMO, MVTEC
+from cplib.study.synthetic import SYNTHETIC
+
+TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
+AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
+TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the paper's text gives
+ROW = ["method", "setting", "value"]  # what a row of a table is; the last two of Tables 7 and 8
+KEYS = [*ROW, "category", "metric"]
+PUBLISHED = ["published_mean", "published_stderr"]
+COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
+
+
+def published(table: str) -> pd.DataFrame:
+    """The paper's numbers, percent: KEYS, published_mean, published_stderr.
+
+    ``table`` is a name such as ``table1_image_level``; KeyError for one that the paper lacks. What
+    only the text says (GradCAM's average, CIFAR-10's) stands with the table that it belongs to. In
+    Table 7 a ``value`` is a multiple of the protocol's own learning rate or length.
+    """
+    text = pd.read_csv(TEXT).query("table == @table").drop(columns="table")
+    if table not in TABLES and text.empty:
+        raise KeyError(table)
+    parts = [pd.read_csv(TABLES[table], dtype={"value": str})] if table in TABLES else []
+    found = pd.concat([*parts, text] if len(text) else parts, ignore_index=True)
+    return found.reindex(columns=[*KEYS, *PUBLISHED]).fillna({"setting": "", "value": ""})
+
+
+def groups(categories) -> dict[str, list[str]]:
+    """The averages of the paper's tables and the categories under each.
+
+    For the demo set these are its own textures and objects; Table 6's kinds have one average.
+    ``average_measured`` is there when only some of MVTec's categories are: an average that the
+    paper does not print.
+    """
+    if {*categories} & {*SYNTHETIC}:
+        return {"average_all": list(SYNTHETIC)}
+    data = DEMO if set(categories) <= set(DEMO.categories) else MVTEC
+    found = {
+        "average_texture": list(data.textures),
+        "average_object": list(data.objects),
+        "average_all": list(data.categories),
+    }
+    if set(categories) < set(found["average_all"]):
+        found["average_measured"] = [c for c in found["average_all"] if c in set(categories)]
+    return found
+
+
+def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
+    """Mean, standard error and number of seeds for every row, category and metric.
+
+    ``runs`` has a row a run, as ``collect`` gives them (and ``setting``, ``value``), or an
+    ensemble of ``members`` of them. The standard error of one value is empty. Where a ``source``
+    stands beside the category, a seed's value is its mean over the sources.
+    """
+    runs = with_settings(runs)
+    if len(runs) and "source" in runs:
+        runs = _over_sources(runs)
+    runs = runs.assign(members=runs["members"].fillna(1) if "members" in runs else 1)
+    tidy = runs.melt([*KEYS[:4], "members"], list(metrics), "metric", "percent")
+    tidy["percent"] = tidy["percent"].astype(float)
+    cells = tidy.dropna(subset="percent").groupby(KEYS)
+    cells = cells.agg(mean=("percent", "mean"), stderr=("percent", "sem"), seeds=("members", "sum"))
+    return cells.reset_index()
+
+
+def _over_sources(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a method, category and seed: the mean over sources, where it has all that any has."""
+    cells = runs.groupby([*KEYS[:4], "seed"])
+    whole = cells["source"].transform("nunique") == runs["source"].nunique()
+    return runs[whole].groupby([*KEYS[:4], "seed"], as_index=False).mean(numeric_only=True)
+
+
+def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFrame:
+    """The cells and the paper's averages of them: of means, and of standard errors (Table 1).
+
+    An average stands only where every category under it does.
+    """
+    rows = [cells]
+    for name, members in groups(cells["category"].unique()).items():
+        part = cells[cells["category"].isin(members)]
+        row = [*ROW, "metric"]
+        whole = part.groupby(row).filter(lambda g, m=members: len(g) == len(m))
+        if len(whole):
+            spec = dict.fromkeys(columns, lambda v: v.mean(skipna=False)) | {"seeds": "min"}
+            spec = {k: v for k, v in spec.items() if k in whole}
+            rows.append(whole.groupby(row).agg(spec).reset_index())
+            rows[-1]["category"] = name
+    return pd.concat(rows, ignore_index=True)
+
+
+def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the columns ``setting`` and ``value``, empty where they have none."""
+    missing = {name: "" for name in ROW[1:] if name not in runs}
+    return runs.assign(**missing)
+
+
+def against_paper(
+    runs: pd.DataFrame,
+    table: str,
+    *,
+    rows: list[tuple[str, str, str]],
+    metrics: tuple[str, ...] = ("image_auroc",),
+    paper: bool = True,
+) -> pd.DataFrame:
+    """Our runs beside the paper's table: the contract's tidy columns, in percent.
+
+    Every row (ROW) stands in every category that was measured or published; what was not is empty.
+    Without ``paper`` there are our numbers alone: a table of our own, or another data set.
+    """
+    ours = with_averages(summarise(runs, metrics))
+    theirs = published(table) if paper else pd.DataFrame(columns=[*KEYS, *PUBLISHED])
+    theirs = theirs[theirs["metric"].isin(metrics)].astype(dict.fromkeys(PUBLISHED, float))
+    measured = list(runs["source" if "source" in runs else "category"].unique())
+    if paper and "average_measured" in groups(measured):
+        theirs = pd.concat([theirs, _average_measured(theirs, measured)])
+    both = ours.merge(theirs, on=KEYS, how="outer")[COLUMNS]
+    both["seeds"] = both["seeds"].astype("Int64")
+    both["row"] = list(both[ROW].itertuples(index=False, name=None))
+    both = both[both["row"].isin(rows)]
+    order = {"row": rows, "category": in_order(both["category"]), "metric": metrics}
+    return _sorted(both, **order).drop(columns="row")
+
+
+def in_order(categories) -> list[str]:
+    """Categories as the paper lists them, each group's average behind it, unknown ones last."""
+    textures, objects = MVTEC.textures + DEMO.textures, MVTEC.objects + DEMO.objects
+    known = [*textures, AVERAGES[0], *objects, *SYNTHETIC]
+    own = sorted({*categories} - {*known, *AVERAGES})
+    return [c for c in (*known, *own, *AVERAGES[1:]) if c in {*categories}]
+
+
+def _average_measured(paper: pd.DataFrame, measured: list[str]) -> pd.DataFrame:
+    """The paper's own numbers averaged over the categories that we measured."""
+    part = paper[paper["category"].isin(measured)]
+    mean = part.groupby([*ROW, "metric"]).mean(numeric_only=True).reset_index()
+    return mean.assign(category="average_measured")
+
+
+def _sorted(table: pd.DataFrame, **orders) -> pd.DataFrame:
+    """Rows in the given order of each column's values."""
+    ranks = {k: {v: i for i, v in enumerate(order)} for k, order in orders.items()}
+    table = table.sort_values(list(orders), key=lambda c: c.map(ranks[c.name]))
+    return table.reset_index(drop=True)
+
+
+def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") -> pd.DataFrame:
+    """Our means, categories down and methods across: only categories that every method has."""
+    cells = table[(table["metric"] == metric) & ~table["category"].str.startswith("average")]
+    grid = cells.pivot(index="category", columns="method", values="mean").reindex(columns=methods)
+    return grid.dropna(axis=1, how="all").dropna()
+
+
+def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
+    """One metric as the paper prints it: categories down, methods across, "ours (paper's)".
+
+    The rows of Tables 7 and 8 are named by setting and value.
+    """
+    part = with_settings(table[table["metric"] == metric]).fillna({"setting": "", "value": ""})
+    labels = [f"{r.setting} {r.value}" if r.setting else r.method for r in part.itertuples()]
+    cells = part.assign(cell=[_cell(row) for row in part.itertuples()], label=labels)
+    grid = cells.pivot(index="category", columns="label", values="cell")
+    rows, columns = in_order(part["category"]), cells["label"].unique()
+    return grid.reindex(index=rows, columns=columns).fillna("")
+
+
+def _cell(row) -> str:
+    ours = _number(row.mean, row.stderr)
+    theirs = _number(row.published_mean, row.published_stderr)
+    return f"{ours} ({theirs})" if ours and theirs else f"({theirs})" if theirs else ours
+
+
+def _number(mean, stderr) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.1f}" if pd.isna(stderr) else f"{mean:.1f}±{stderr:.1f}"
+
+
+def markdown(grid: pd.DataFrame) -> str:
+    """A table as GitHub's Markdown, the index first."""
+    head = [grid.index.name or "", *map(str, grid.columns)]
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([i, *row] for i, row in zip(grid.index, grid.values, strict=True)),
+    ]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def save_table(
+    table: pd.DataFrame, results: str | Path, name: str, note: str, *, down: bool = False
+) -> Path:
+    """Write ``results/tables/<name>.csv``, tidy, and ``.md``, as the paper prints it.
+
+    ``note`` says how the numbers were measured and stands above the Markdown, in which the methods
+    go across, or ``down``. Returns the path of the CSV.
+    """
+    theirs = ", then the paper's in brackets" if table["published_mean"].notna().any() else ""
+    note = f"{note} Ours{theirs}; percent, mean±standard error."
+    grids = {metric: wide(table, metric) for metric in table["metric"].unique()}
+    grids = {metric: grid.T if down else grid for metric, grid in grids.items()}
+    path = save_markdown(results, name, note, grids).with_suffix(".csv")
+    bare = [column for column in ROW[1:] if not table[column].any()]
+    table.drop(columns=bare).to_csv(path, index=False, float_format="%.4f")
+    return path
+
+
+def save_markdown(
+    results: str | Path, name: str, note: str, grids: dict[str, pd.DataFrame]
+) -> Path:
+    """Write ``results/tables/<name>.md``: a note, then each grid under its title; its path."""
+    path = Path(results) / "tables" / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [
+        f"**{title}**\n\n{markdown(grid)}" if title else markdown(grid)
+        for title, grid in grids.items()
+    ]
+    path.write_text("\n".join([f"{note}\n", *parts]))
+    return path

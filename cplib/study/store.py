@@ -1,0 +1,267 @@
+"""Run folders: the one place that writes, reads, checks and lists them."""
+
+import contextlib
+import glob
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import sklearn
+import torch
+import torchvision
+from safetensors import SafetensorError
+
+from cplib import datasets
+from cplib.datasets import atomic
+from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
+from cplib.model import PretextNet, build, weights_digest, weights_file
+from cplib.run import Run
+from cplib.train import network_state, read_checkpoint
+
+RECORD_VERSION = 1
+PEAK = "peak_within_16px"
+# Entries of run.json and their types.
+RECORD = {
+    "threads": int,
+    "data": dict,
+    "weights": dict | None,
+    "device": str,
+    "precision": str,
+    "train_seconds": int | float,
+    "images_per_second": int | float | None,
+}
+# What JSON of any other kind raises on its way to a run.
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
+SCORES = ["file", "kind", "label", "score"]
+TIMING = ("device", "precision", "train_seconds", "images_per_second")
+
+
+class Places(NamedTuple):
+    """Where runs, images and ImageNet weights are, and on which device work is done."""
+
+    results: Path
+    data: Path | None = None
+    weights: Path | None = None
+    device: str = "cpu"
+
+
+def run_folder(run: Run, results: str | Path) -> Path:
+    """Where the run's record is: ``results/runs/<run id>``. A folder that exists is complete."""
+    return Path(results) / "runs" / run.id
+
+
+def checkpoint_file(run: Run, results: str | Path) -> Path:
+    """Where the run's network is: runs that differ only in how they score share it."""
+    return Path(results) / "checkpoints" / f"{run.training_id}.safetensors"
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a record, for people as for programs."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write(
+    run: Run,
+    results: str | Path,
+    record: dict,
+    history: list[dict],
+    test: datasets.Images,
+    scores: torch.Tensor,
+    metrics: dict,
+) -> Path:
+    """Write a run's folder: run.json, metrics.json, history.csv, scores.csv."""
+    folder = run_folder(run, results)
+    with atomic(folder, folder=True) as part:
+        columns = (test.names, test.kinds, test.labels, scores)
+        table = pd.DataFrame(dict(zip(SCORES, columns, strict=True)))
+        table.to_csv(part / "scores.csv", index=False, float_format="%.9g")
+        pd.DataFrame(history).to_csv(part / "history.csv", index=False, float_format="%.6g")
+        write_json(part / "metrics.json", metrics)
+        write_json(part / "run.json", record)
+    return folder
+
+
+def describe(run: Run, images: dict, history: list[dict], trained_on: dict, places: Places) -> dict:
+    """The record of a run: its fields, and the machine, code, data and weights behind it.
+
+    ``images`` are those of each split; device and precision are the training's (``trained_on``:
+    see ``train.provenance``); scores are always computed in fp32.
+    """
+    seconds = round(float(history[-1]["seconds"]), 2) if history else 0.0
+    file = weights_file(run.backbone, places.weights) if run.init == "imagenet" else None
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)}
+    python = {"python": platform.python_version(), "platform": platform.platform()}
+    return {
+        "version": RECORD_VERSION,
+        "run": asdict(run),
+        "environment": python | versions,
+        "device": trained_on["device_name"],
+        "threads": torch.get_num_threads(),
+        "precision": trained_on["precision"],
+        "git_commit": git_commit(),
+        "data": {split: datasets.fingerprint(part) for split, part in images.items()},
+        "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,
+        "train_seconds": seconds,
+        "images_per_second": round(run.images / seconds, 2) if seconds else None,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, marked "-dirty" where edited; None outside git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def read(folder: str | Path) -> tuple[Run, dict, dict]:
+    """A run, its whole record and its metrics; ValueError names a folder that is not a run."""
+    try:
+        record = json.loads((Path(folder) / "run.json").read_text())
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        if record["version"] != RECORD_VERSION:
+            raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
+        run = Run.from_dict(record["run"])
+        _check(record, metrics)
+        if run.id != Path(folder).name:
+            raise ValueError(f"the record inside is of {run.id}")
+    except BROKEN as error:
+        raise ValueError(one_line(f"{folder}: not a run of this version ({error})")) from error
+    return run, record, metrics
+
+
+def _check(record: dict, metrics: dict) -> None:
+    """ValueError names an entry that is missing or of another kind than ``describe`` writes."""
+    for name, kind in RECORD.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise ValueError(f"no {name!r} in the record, or of another kind")
+    if not all(isinstance(record["data"].get(split), str) for split in ("train", "test")):
+        raise ValueError("no fingerprints of the data in the record")
+    columns = {"id", *Run.__annotations__, *TIMING}  # others than the metrics'
+    for name, value in metrics.items():
+        if name in columns or not isinstance(value, int | float | None):
+            raise ValueError(f"{name!r} is no metric, or its value no number")
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
+def read_scores(folder: str | Path) -> pd.DataFrame:
+    """A run's test images: file, kind, label (1: anomalous) and score.
+
+    Raises ValueError for a ``scores.csv`` that is not as ``write`` writes it.
+    """
+    path = Path(folder) / "scores.csv"
+    try:
+        table = pd.read_csv(path, dtype={"file": str, "kind": str}, keep_default_na=False)
+        numbers = table[["label", "score"]].astype(float)
+        if list(table) != SCORES or not (np.isfinite(numbers).all(axis=None) and len(table)):
+            raise ValueError(f"not {', '.join(SCORES)} in every row")
+        if not set(numbers["label"]) <= {0, 1} or table["file"].duplicated().any():
+            raise ValueError("a label that is not 0 or 1, or a file twice")
+    except BROKEN as error:
+        raise ValueError(one_line(f"{path}: not a run's scores ({error})")) from error
+    return table.astype({"label": int, "score": float})
+
+
+def collect(planned: Iterable[Run], results: str | Path) -> pd.DataFrame:
+    """The finished ones of the planned runs, a row each: id, fields, metrics, seconds.
+
+    ``precision`` is the recorded one. A folder that is not a run of this version is named in a
+    warning and left out.
+    """
+    rows = []
+    for folder in (run_folder(run, results) for run in dict.fromkeys(planned)):
+        if not folder.exists():
+            continue
+        try:
+            run, record, metrics = read(folder)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        rows.append({"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}})
+    columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, PEAK, *TIMING]
+    return pd.DataFrame(rows, columns=list(dict.fromkeys(columns)))
+
+
+def load_network(run: Run, places: Places) -> PretextNet | None:
+    """The network of a finished run: from its checkpoint, or built where nothing is trained.
+
+    None where the checkpoint is not there: it is not committed. ValueError where it is damaged.
+    """
+    if not run.needs_training:
+        return build(run, places.weights).to(places.device).eval()
+    file = checkpoint_file(run, places.results)
+    if not file.exists():
+        return None
+    net = build(replace(run, init="random", freeze_batchnorm=False))
+    try:
+        net.load_state_dict(network_state(read_checkpoint(file)[1]))
+    except (SafetensorError, RuntimeError) as error:
+        reason = f"expected the run's tensors ({type(error).__name__})"
+        raise ValueError(f"{file}: {reason}") from None
+    return net.to(places.device).eval()
+
+
+def cached(
+    run: Run,
+    name: str,
+    compute: Callable[[Run, PretextNet, datasets.Images, datasets.Images], dict],
+    places: Places,
+) -> dict | None:
+    """Metrics computed after training, ``compute(run, net, train, test)``, kept as ``<name>.json``.
+
+    None where neither they nor the network and the images are there; ValueError where the file is
+    no record.
+    """
+    folder = run_folder(run, places.results)
+    record = folder / f"{name}.json"
+    if not record.exists():
+        ready = folder.exists() and places.data is not None
+        net = load_network(run, places) if ready else None
+        if net is None:
+            return None
+        load = (datasets.load(places.data, run.category, s, run.size) for s in ("train", "test"))
+        found = compute(run, net, *load)
+        with atomic(record) as part:
+            write_json(part, found)
+    try:
+        found = json.loads(record.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object of JSON")
+    except BROKEN as error:
+        reason = f"{record}: no record ({error}); remove it to make it again"
+        raise ValueError(one_line(reason)) from error
+    return found
+
+
+def remove_leftovers(run: Run, results: str | Path) -> None:
+    """Remove what killed processes left of a finished run; its checkpoint stays, to be scored."""
+    file = checkpoint_file(run, results)
+    names = glob.escape(run.id), glob.escape(file.stem)
+    parts = Path(results).glob(f"runs/.part-{names[0]}-*")
+    for part in (*parts, *file.parent.glob(f"*{names[1]}*")):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part != file:
+            with contextlib.suppress(OSError):  # a folder that is read-only keeps it
+                os.unlink(part)

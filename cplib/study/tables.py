@@ -1,0 +1,429 @@
+"""The paper's tables, and two of our own, as measured here: the runs behind each, the values."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+
+from cplib import datasets
+from cplib.density import Gaussian, held_out, l2_normalise
+from cplib.localize import gradcam
+from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS, auroc_between, image_metrics
+from cplib.model import PretextNet, embed
+from cplib.run import BASELINES, Run
+from cplib.score import Scorer
+from cplib.study import store
+from cplib.study.profiles import METHOD, TABLE1, Profile
+from cplib.study.published import ROW, against_paper, save_table
+from cplib.study.sweep import Workspace, pixel_level_metrics
+from cplib.study.synthetic import SIDE, SYNTHETIC, paint
+
+CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
+BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
+PASTED = ("cutout", METHOD)  # Table 6
+LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
+FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
+AXES = {
+    "table7_learning_rate_and_epochs": ("learning_rate", "updates"),
+    "table8_jitter_and_patch_size": ("patch_jitter", "max_area"),
+    "unstated_choices": ("head", "translate", "jitter"),  # ours: the paper is silent on them
+}
+RELATIVE = ("learning_rate", "updates")  # values are multiples of the protocol's own
+REGULARISERS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # tried in place of a run's
+
+
+class Row(NamedTuple):
+    """A row of a table: a method, and the setting that is changed in Tables 7 and 8."""
+
+    method: str
+    setting: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table. ``plan`` gives its runs, each with the row that it stands in.
+
+    ``values`` gives a row a measured run, with ROW, ``category``, ``seed`` and the metrics.
+    """
+
+    notebook: str  # its two digits
+    rows: Callable[[Profile], list[Row]]
+    plan: Callable[[Workspace], list[tuple[Row, Run]]]
+    values: Callable[[Workspace], pd.DataFrame] | None = None  # None: of the plan's runs
+    metrics: tuple[str, ...] = ("image_auroc",)
+    note: str = ""
+    down: bool = False  # in Markdown the rows go down, not across
+
+
+def planned(workspace: Workspace, name: str) -> list[Run]:
+    """The runs of a table, each once."""
+    return list(dict.fromkeys(run for _, run in TABLES[name].plan(workspace)))
+
+
+def all_runs(workspace: Workspace) -> list[Run]:
+    """Every run of every table, each once, in the order in which they are wanted."""
+    runs = [run for name in TABLES for run in planned(workspace, name)]
+    return list(dict.fromkeys(runs + workspace.profile.short_paper_runs(workspace.categories)))
+
+
+def measure(workspace: Workspace, name: str) -> pd.DataFrame:
+    """The values of a table's runs; missing ones are executed first where the profile is small.
+
+    Elsewhere a line says how many are missing and which command trains them.
+    """
+    table, runs = TABLES[name], planned(workspace, name)
+    complete(workspace, runs, table.notebook)
+    return values_of(workspace, name)
+
+
+def values_of(workspace: Workspace, name: str) -> pd.DataFrame:
+    """The values of a table's finished runs."""
+    table = TABLES[name]
+    return table.values(workspace) if table.values else _of_plan(workspace, table.plan(workspace))
+
+
+def _of_plan(workspace: Workspace, plan: list[tuple[Row, Run]]) -> pd.DataFrame:
+    """The finished ones of the planned runs, under their rows."""
+    found = workspace.collect([run for _, run in plan]).drop(columns="method")
+    rows = pd.DataFrame([(*row, run.id) for row, run in plan], columns=[*ROW, "id"])
+    return rows.merge(found, on="id")
+
+
+def complete(workspace: Workspace, runs: list[Run], notebook: str) -> None:
+    """Execute what is missing of a notebook's runs where the profile is small, else say how to."""
+    todo = workspace.missing(runs)
+    if todo and workspace.profile.small:
+        for outcome in workspace.execute(todo):
+            if outcome.state != "done":
+                print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
+    elif todo:
+        print(f"{len(todo)} of {len(runs)} runs are not there. To train them:")
+        print(f"./run_all.sh --profile {workspace.profile.name} --data DIR --only 02,{notebook}")
+
+
+def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
+    """The table in the contract's tidy columns, the paper's numbers beside; saved, too."""
+    table = TABLES[name]
+    paper = datasets.DATASETS[workspace.profile.dataset].published and name != "unstated_choices"
+    rows = [tuple(row) for row in table.rows(workspace.profile)]
+    tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
+    note = caption(workspace, name) + (f" {table.note}" if table.note else "")
+    save_table(tidy, workspace.results, name, note, down=table.down)
+    return tidy
+
+
+def caption(workspace: Workspace, name: str) -> str:
+    """How a table's numbers were measured, in a line: stands above it."""
+    runs = [run for run in planned(workspace, name) if run.needs_training]
+    run = next((r for r in runs if r.method == METHOD), runs[0])
+    done = [r for r in runs if store.run_folder(r, workspace.results).exists()]
+    records = [store.read(store.run_folder(r, workspace.results))[1] for r in done]
+    files = {r["weights"]["file"] for r in records if r["weights"]}
+    start = f"ImageNet weights {', '.join(sorted(files))}".strip()
+    start = "random weights" if run.init == "random" else start
+    used = " and ".join(sorted({r["precision"] for r in records}))
+    seeds = {r.method: 1 + max(q.seed for q in runs if q.method == r.method) for r in runs}
+    own = seeds.pop(METHOD, 0)
+    parts = [
+        f"Profile {workspace.profile.name}: {run.backbone}, {run.size} px",
+        f"training on {run.crop}-px crops" if run.crop else "",
+        f"scores of {run.window}-px windows every {run.stride} px" if run.window else "",
+        f"from {start}",
+        f"{run.head_updates} updates of the head alone" if run.head_updates else "",
+        f"{run.updates} updates of {run.sources} normal images and their copies",
+        f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
+        f"seeds: {own} (CutPaste-3way)" if own else "",
+        f"{max(seeds.values())} (other methods)" if seeds else "",
+        f"trained in {used}, scored in fp32" if used else "",
+    ]
+    return ", ".join(filter(None, parts)) + "."
+
+
+def shown(table: pd.DataFrame, *others: str) -> pd.DataFrame:
+    """The rows of a tidy table whose category was measured, or is among the ``others``."""
+    measured = table.dropna(subset="mean")["category"].unique()
+    return table[table["category"].isin([*measured, *others])]
+
+
+# Metrics computed after training
+
+
+def ensemble(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
+    """Rows "ensemble": the mean of the scores of each category's cutpaste_3way seeds (4.1).
+
+    ``table`` is what ``collect`` gave; a category needs two seeds. How the paper combines scores
+    is not said; a mean keeps their scale, which the Gaussian's distance makes comparable.
+    """
+    rows = []
+    for category, part in table[table["method"] == METHOD].groupby("category"):
+        if len(part) < 2:
+            continue
+        files = [store.read_scores(workspace.results / "runs" / id) for id in part["id"]]
+        mean = sum(f.set_index("file")["score"] for f in files) / len(files)
+        labels = files[0].set_index("file")["label"].reindex(mean.index)
+        row = {"method": "ensemble", "category": category, "seed": 0, "members": len(part)}
+        rows.append(row | image_metrics(labels, mean))
+    return pd.DataFrame(rows)
+
+
+def gradcam_metrics(run: Run, places: store.Places) -> dict | None:
+    """Pixel-level metrics of GradCAM on an image-level run; None where they cannot be computed."""
+
+    def compute(run: Run, net: PretextNet, train, test) -> dict:
+        return pixel_level_metrics(run, test, gradcam(net, test.pixels))
+
+    return store.cached(run, "gradcam", compute, places)
+
+
+def level_metrics(run: Run, places: store.Places) -> dict | None:
+    """Image-level metrics of a run by the features of LEVEL (4.3), else None."""
+
+    def compute(run: Run, net: PretextNet, train, test) -> dict:
+        scorer = Scorer.fit(run, net, train.pixels, level=LEVEL)
+        return image_metrics(test.labels, scorer.score(test.pixels))
+
+    return store.cached(run, f"level{LEVEL}", compute, places)
+
+
+def synthetic_metrics(run: Run, least: int, places: store.Places) -> dict | None:
+    """AUROC of Table 6's anomalies painted on the normal test images (5.3), else None.
+
+    The record has the numbers of normal images and of painted ones of a kind, and ``image_auroc``,
+    percent, of each kind; it has no kinds where no image is normal.
+    """
+
+    def compute(run: Run, net: PretextNet, train, test) -> dict:
+        normal = test.pixels[test.labels == 0]
+        kinds = SYNTHETIC if len(normal) else ()
+        painted = [paint(normal, *kind.split("_"), least=least)[0] for kind in kinds]
+        scores = Scorer.fit(run, net, train.pixels).score(torch.cat([normal, *painted]))
+        first, *others = scores.split([len(normal), *map(len, painted)])
+        aurocs = [auroc_between(first, part) for part in others]
+        return {
+            "side": SIDE,
+            "normal": len(first),
+            "painted": len(others[0]) if others else 0,
+            "image_auroc": dict(zip(kinds, aurocs, strict=True)),
+        }
+
+    return store.cached(run, f"synthetic-{least}", compute, places)
+
+
+def density_metrics(run: Run, places: store.Places) -> list[dict] | None:
+    """What other covariances would do to an image-level run, else None.
+
+    A row for each, of features scaled to length one and not: its ``image_auroc``, percent, and
+    ``held_out`` (see ``density``), None where it cannot be fitted.
+    """
+    fits = {f"{r:g}": partial(Gaussian.fit, reg_covar=r) for r in REGULARISERS}
+    fits |= {"Ledoit-Wolf": Gaussian.fit_shrunk}
+
+    def compute(run: Run, net: PretextNet, train, test) -> dict:
+        raw, rows = [embed(net, images.pixels) for images in (train, test)], []
+        for l2 in (True, False):
+            z, z_test = map(l2_normalise, raw) if l2 else raw
+            for name, fit in fits.items():
+                row = {"covariance": name, "l2_normalise": l2}
+                rows.append(row | _fitted(fit, z, z_test, test.labels))
+        return {"fits": rows}
+
+    found = store.cached(run, "density", compute, places)
+    return found and found["fits"]
+
+
+def _fitted(fit, z: torch.Tensor, z_test: torch.Tensor, labels: torch.Tensor) -> dict:
+    try:
+        auroc = image_metrics(labels, fit(z).score(z_test))["image_auroc"]
+        return {"image_auroc": auroc, "held_out": held_out(z, fit)}
+    except ValueError:  # too few images, or all alike
+        return {"image_auroc": None, "held_out": None}
+
+
+# One setting at a time: Tables 7 and 8, and what the paper does not state
+
+
+def settings(profile: Profile, name: str) -> dict[Row, dict]:
+    """The rows of such a table, each with the fields of ``Run`` that it changes."""
+    base = profile.run(METHOD, profile.categories[0], **profile.sensitivity.protocol)
+    return {
+        Row(METHOD, axis, _text(x)): _change(base, axis, x)
+        for axis in AXES[name]
+        for x in getattr(profile.sensitivity, axis)
+    }
+
+
+def _change(base: Run, axis: str, x) -> dict:
+    if axis == "max_area":
+        return {"area": (base.area[0], x)}
+    if axis == "learning_rate":
+        return {axis: float(f"{x * base.learning_rate:.3g}")}
+    return {axis: round(x * base.updates) if axis == "updates" else x}
+
+
+def _text(value: float | tuple) -> str:
+    """0.333 as it is, (512, 128) as "512-128", many of a kind as "8x512", no width as "linear"."""
+    if not isinstance(value, tuple):
+        return f"{value:.3g}"
+    parts = [(f"{v:g}", len([*same])) for v, same in groupby(value)]
+    return "-".join(f"{n}x{v}" if n > 4 else "-".join([v] * n) for v, n in parts) or "linear"
+
+
+def _sensitivity_plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
+    """The run that changes nothing stands on every axis, and is trained once.
+
+    Of the categories at hand those that the profile names for the study, else the first.
+    """
+    profile, study = workspace.profile, workspace.profile.sensitivity
+    unstated = name == "unstated_choices"
+    wanted = study.open_categories if unstated else study.categories
+    categories = [c for c in workspace.categories if c in wanted]
+    categories = categories or (workspace.categories[:1] if wanted else workspace.categories)
+    seeds = workspace.seeds or (profile.seeds if unstated else study.seeds)
+    bases = profile.runs((METHOD,), categories, seeds, **study.protocol)
+    plan = [
+        (row, base if replace(base, **changes) == base else replace(base, curve=0, **changes))
+        for row, changes in settings(profile, name).items()
+        for base in bases
+    ]
+    return sorted(plan, key=lambda pair: pair[1] not in bases)
+
+
+# The tables
+
+
+def _rows(*methods: str) -> Callable[[Profile], list[Row]]:
+    return lambda profile: [Row(method) for method in methods]
+
+
+def _plan(runs: Iterable[Run], names: dict[str, str] | None = None) -> list[tuple[Row, Run]]:
+    return [(Row((names or {}).get(run.method, run.method)), run) for run in runs]
+
+
+def _ablation_runs(workspace: Workspace, methods: tuple[str, ...]) -> list[Run]:
+    """The runs of Tables 4 to 6: where a profile names categories for them, only those."""
+    few = [c for c in workspace.categories if c in workspace.profile.ablation]
+    return workspace.runs(methods, few)
+
+
+def _ablation(notebook: str, methods: tuple[str, ...]) -> Table:
+    rows = (*BASELINES, *methods)
+    plan = lambda w: _plan(_ablation_runs(w, rows))  # noqa: E731
+    return Table(notebook=notebook, rows=_rows(*rows), plan=plan)
+
+
+def _image_level(workspace: Workspace) -> pd.DataFrame:
+    """Table 1's runs, and the ensemble of the seeds of cutpaste_3way."""
+    table = _of_plan(workspace, TABLES["table1_image_level"].plan(workspace))
+    return pd.concat([table, ensemble(workspace, table)])
+
+
+def _pixel_level(workspace: Workspace) -> pd.DataFrame:
+    """Table 2's patch models, and GradCAM of the image-level ones."""
+    cams = []
+    for run in workspace.runs((METHOD,)):
+        if found := gradcam_metrics(run, workspace.places):
+            row = {"method": "cutpaste_3way_gradcam", "category": run.category, "seed": run.seed}
+            cams.append(row | found)
+    patch = _of_plan(workspace, TABLES["table2_pixel_level"].plan(workspace))
+    return pd.concat([patch, pd.DataFrame(cams)])
+
+
+def _finetune_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
+    few = [c for c in workspace.categories if c in workspace.profile.ablation]
+    runs = workspace.profile.finetune_runs(few or workspace.categories, workspace.seeds)
+    return _plan(runs, {"pretrained": "pool_pretrained", METHOD: "pool_finetuned"})
+
+
+def _finetuned(workspace: Workspace) -> pd.DataFrame:
+    """Table 3's runs by their pooled features, and by those of a level of the same networks."""
+    levels = []
+    for row, run in (plan := _finetune_plan(workspace)):
+        if row.method in FINETUNED and (found := level_metrics(run, workspace.places)):
+            method = row.method.replace("pool", f"level{LEVEL}")
+            levels.append({"method": method, "category": run.category, "seed": run.seed} | found)
+    return pd.concat([_of_plan(workspace, plan), pd.DataFrame(levels)])
+
+
+def _synthetic(workspace: Workspace) -> pd.DataFrame:
+    """Table 6's runs: AUROC on each kind of anomaly, painted on each ``source`` category."""
+    rows = []
+    for run in _ablation_runs(workspace, (*BASELINES, *PASTED)):
+        least = workspace.profile.anomalies
+        record = synthetic_metrics(run, least, workspace.places) or {"image_auroc": {}}
+        row = {"method": run.method, "source": run.category, "seed": run.seed}
+        for kind, auroc in record["image_auroc"].items():
+            rows.append(row | {"category": kind, "image_auroc": auroc})
+    return pd.DataFrame(rows, columns=["method", "category", "source", "seed", "image_auroc"])
+
+
+def _sensitivity(name: str) -> Table:
+    return Table(
+        notebook="09",
+        rows=lambda profile: list(settings(profile, name)),
+        plan=lambda workspace: _sensitivity_plan(workspace, name),
+        note="Each row changes one setting.",
+        down=True,
+    )
+
+
+TABLES = {
+    "table1_image_level": Table(
+        notebook="03",
+        rows=_rows("docc", "u_student", "p_svdd", *BASELINES, *TABLE1, "ensemble"),
+        metrics=IMAGE_METRICS,
+        plan=lambda w: _plan(w.runs(BASELINES + TABLE1)),
+        values=_image_level,
+        note="Rotation: half the normal images.",
+    ),
+    "table2_pixel_level": Table(
+        notebook="04",
+        rows=_rows("fcdd", "p_svdd", *BASELINES, f"{METHOD}_gradcam", f"{METHOD}_patch"),
+        metrics=PIXEL_METRICS,
+        plan=lambda w: _plan(
+            w.profile.patch_runs(w.categories, w.seeds), {METHOD: f"{METHOD}_patch"}
+        ),
+        values=_pixel_level,
+        note="GradCAM: of the networks of Table 1.",
+    ),
+    "table3_pretrained_vs_finetuned": Table(
+        notebook="05",
+        rows=_rows("untrained", *FINETUNED),
+        plan=_finetune_plan,
+        values=_finetuned,
+    ),
+    "table4_cutout_variants": _ablation("06", CUTOUTS),
+    "table5_binary_vs_3way": _ablation("07", BINARY),
+    "table6_synthetic_anomalies": Table(
+        notebook="08",
+        rows=_rows(*BASELINES, *PASTED),
+        plan=lambda w: _plan(_ablation_runs(w, (*BASELINES, *PASTED))),
+        values=_synthetic,
+        note=f"Painted on the normal test images, {SIDE[0]:.0%} to {SIDE[1]:.0%} of a side.",
+    ),
+} | {name: _sensitivity(name) for name in AXES}
+
+
+def curves(workspace: Workspace) -> pd.DataFrame:
+    """The test AUROC that finished runs noted on the way (never used to choose), a row a point.
+
+    Of the profile's runs and of the paper's schedule cut short: ``schedule``, ``category``,
+    ``seed``, ``update``, ``minutes`` of training on the run's device, ``auroc``.
+    """
+    columns = ["schedule", "category", "seed", "update", "minutes", "auroc"]
+    parts = [pd.DataFrame(columns=columns)]
+    short = workspace.profile.short_paper_runs(workspace.categories)
+    for run in workspace.runs((METHOD,)) + short:
+        file = store.run_folder(run, workspace.results) / "history.csv"
+        if run.curve and file.exists():
+            noted = pd.read_csv(file).dropna(subset="image_auroc")
+            optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
+            images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
+            label = f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
+            noted = noted.assign(minutes=noted["seconds"] / 60, auroc=noted["image_auroc"])
+            parts.append(noted.assign(schedule=label, category=run.category, seed=run.seed))
+    return pd.concat([p for p in parts if len(p)] or parts)[columns].reset_index(drop=True)
