@@ -54,7 +54,7 @@ def cutpaste(
 def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
     """Rectangles at random places, wholly inside: their pixels' positions, row by row (B, K).
 
-    A image is flat here. K is the pixel count of the ``largest`` share of it; the mask says
+    An image is flat here. K is the pixel count of the ``largest`` share of it; the mask says
     which of the K belong to the rectangle.
     """
     h, w = x.shape[2:]
@@ -70,7 +70,7 @@ def _patch_sizes(x, area, aspect, generator) -> tuple[Tensor, Tensor]:
     n, _, h, w = x.shape
     low, high = area[0] * h * w, area[1] * h * w
     if high < 1:
-        raise ValueError(f"a image of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
+        raise ValueError(f"an image of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
     size = _uniform(low, high, n, generator)
     wide = _uniform(0, 1, n, generator) < 0.5
     low_aspect, high_aspect = (
@@ -111,7 +111,7 @@ def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Ten
     n, _, h, w = x.shape
     if math.hypot(width[1], length[1]) > min(h, w):
         raise ValueError(
-            f"a image of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
+            f"an image of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
         )
     scar_w = _uniform(round(width[0]), round(width[1]) + 1, n, generator).floor().clamp(min=1)
     scar_l = _uniform(round(length[0]), round(length[1]) + 1, n, generator).floor().clamp(min=1)
@@ -178,7 +178,7 @@ def cutout(
     area: tuple[float, float] = (0.02, 0.15),
     aspect: tuple[float, float] = (0.3, 3.3),
 ) -> Tensor:
-    """Fill a rectangle like CutPaste's with one colour a image (4.1, 5.1).
+    """Fill a rectangle like CutPaste's with one colour an image (4.1, 5.1).
 
     ``fill`` is "grey", "mean" (the image's own mean colour) or "color" (at random).
     """
@@ -236,7 +236,7 @@ def scar(
     length: tuple[float, float] = (10, 25),
     angle: float = 45.0,
 ) -> Tensor:
-    """Draw a long, thin, turned rectangle of one random colour a image (2.2, 4.1)."""
+    """Draw a long, thin, turned rectangle of one random colour an image (2.2, 4.1)."""
     sizes = _scar_sizes(x, width, length, angle, generator)
     target, inside, _, _ = _scar_target(x, *sizes, (width[1], length[1]), generator)
     return _write(x, target, inside, _colour(x, generator))
@@ -275,7 +275,7 @@ def jitter(
 
 
 def _base(x: Tensor, operation: Tensor, weight: Tensor | None) -> Tensor:
-    """What a image is blended with: black (brightness), its mean (contrast), itself in grey."""
+    """What an image is blended with: black (brightness), its mean (contrast), itself in grey."""
     grey = sum(c * x[:, i : i + 1] for i, c in enumerate(LUMA))
     weight = torch.ones_like(grey) if weight is None else weight.unsqueeze(1).to(x.dtype)
     dims = tuple(range(1, x.dim()))
@@ -313,7 +313,7 @@ def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
     """A square of ``side`` pixels of every image, at a random place (eq. 3)."""
     b, c, h, w = x.shape
     if side > min(h, w):
-        raise ValueError(f"a image of {h}x{w} pixels is smaller than a {side}-px patch")
+        raise ValueError(f"an image of {h}x{w} pixels is smaller than a {side}-px patch")
     space_y = torch.full((b, 1), h - side, device=x.device)
     space_x = torch.full((b, 1), w - side, device=x.device)
     k = torch.arange(side, device=x.device)

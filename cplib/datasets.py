@@ -142,7 +142,7 @@ def identify(root: str | Path) -> str:
     found = {name: root / name / "train" for name in categories(root)}
     official = dict(zip(MVTEC.categories, MVTEC.train, strict=True))
     if set(found) <= set(official):
-        numbers = {name: len(_images_in(train / "good")) for name, train in found.items()}
+        numbers = {k: len(_images_in(v / _normal(v.parent))) for k, v in found.items()}
         return "mvtec" if numbers.items() <= official.items() else "own"
     if all((folder / "ok").is_dir() for folder in found.values()):
         return "btad"

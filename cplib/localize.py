@@ -1,7 +1,6 @@
 """Where the anomaly is: dense patch scores, receptive-field upsampling, GradCAM (2.4, 4.2, A.5)."""
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -92,9 +91,7 @@ def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly. Layer and
     target are our choice, the paper names neither (4.2).
     """
-    with warnings.catch_warnings():  # captum asks for notebook widgets that it does not need here
-        warnings.simplefilter("ignore")
-        from captum.attr import LayerGradCam
+    from captum.attr import LayerGradCam
 
     def against_normal(x: Tensor) -> Tensor:
         logits = net(x)

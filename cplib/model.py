@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -121,9 +120,8 @@ def _encoder(backbone: str) -> tuple[nn.Module, int]:
         net = torchvision.models.efficientnet_b4()
         net.classifier = nn.Identity()
         return net, 1792
-    with warnings.catch_warnings():  # one of its imports asks for notebook widgets
-        warnings.simplefilter("ignore")
-        import timm
+    import timm
+
     net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     return net, net.num_features
 

@@ -37,10 +37,11 @@ class Scorer:
 
     def places(self, pixels: Tensor) -> Tensor:
         """Anomaly scores (N, P), float64, of every place of uint8 images (N, 3, H, W)."""
+        if not len(pixels):
+            return torch.empty(0, 1, dtype=torch.float64)
         whole = by_place(self.run) or not self.run.window
         parts = [pixels] if whole else pixels.split(CHUNK)
-        scores = [place_scores(self.density, self.features(part)) for part in parts]
-        return torch.cat(scores) if len(pixels) else torch.empty(0, 1, dtype=torch.float64)
+        return torch.cat([place_scores(self.density, self.features(part)) for part in parts])
 
     def features(self, pixels: Tensor) -> Tensor:
         """Features (N, P, D) of uint8 images (N, 3, H, W), as they are scored."""

@@ -12,8 +12,8 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture
 
-from cplib import data
-from cplib.density import Gaussian, held_out, l2_normalise
+from cplib import datasets
+from cplib.density import Gaussian, PlaceGaussians, held_out, l2_normalise, moments
 from cplib.model import PretextNet, embed
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "mvtec256"
@@ -37,7 +37,7 @@ def test_the_density_is_that_of_scikit_learn(d, n, seed, reg_covar):
     _assert_agrees_with_sklearn(z, _random(20, d, seed=seed + 1), reg_covar)
 
 
-def test_the_density_is_that_of_scikit_learn_with_fewer_pictures_than_dimensions():
+def test_the_density_is_that_of_scikit_learn_with_fewer_images_than_dimensions():
     z = l2_normalise(_random(30, 200))
     _assert_agrees_with_sklearn(z, l2_normalise(_random(10, 200, seed=1)), 1e-6)
 
@@ -45,15 +45,19 @@ def test_the_density_is_that_of_scikit_learn_with_fewer_pictures_than_dimensions
 def test_the_density_is_that_of_scikit_learn_on_features_of_a_network(demo_root):
     torch.manual_seed(0)
     net = PretextNet(2)
-    train, test = (data.load(demo_root, "gear", split, 64).pixels for split in ("train", "test"))
+    train, test = (
+        datasets.load(demo_root, "gear", split, 64).pixels for split in ("train", "test")
+    )
     z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
     _assert_agrees_with_sklearn(z, z_test, 1e-6)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no pictures of MVTec AD at hand")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no images of MVTec AD at hand")
 def test_the_density_is_that_of_scikit_learn_on_imagenet_features_of_mvtec():
     net = PretextNet(2, backbone="efficientnet_lite0", init="imagenet")
-    train, test = (data.load(REAL, "toothbrush", split, 128).pixels for split in ("train", "test"))
+    train, test = (
+        datasets.load(REAL, "toothbrush", split, 128).pixels for split in ("train", "test")
+    )
     z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
     _assert_agrees_with_sklearn(z, z_test, 1e-6)
 
@@ -135,10 +139,22 @@ def test_leading_dimensions_give_the_same_as_a_loop(leading):
         torch.testing.assert_close(offsets[index], single.log_normaliser)
 
 
-def test_one_gaussian_scores_what_any_shape_of_features_holds():
-    gaussian, test = Gaussian.fit(_random(20, 4)), _random(5, 4, seed=1)
-    assert gaussian.score(test).shape == (5,)
-    torch.testing.assert_close(gaussian.score(test)[2:3], gaussian.score(test[2:3]))
+def test_sums_of_chunks_give_the_gaussian_of_the_whole():
+    z = _random(200, 12) + 3
+    whole, sums = Gaussian.fit(z), Gaussian.from_moments(*moments(z.split(33)))
+    torch.testing.assert_close(sums.mean, whole.mean)
+    torch.testing.assert_close(sums.factor, whole.factor, rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="at least one"):
+        Gaussian.from_moments(*moments([]))
+
+
+def test_every_place_has_the_gaussian_of_its_own_features():
+    z, test = _random(9, 40, 5), _random(3, 40, 5, seed=1)
+    scores = PlaceGaussians(z, 1e-3).score(test)
+    assert scores.shape == (3, 40)
+    for place in (0, 17, 39):
+        alone = Gaussian.fit(z[:, place], reg_covar=1e-3).score(test[:, place])
+        torch.testing.assert_close(scores[:, place], alone)
 
 
 def test_the_mean_of_the_training_features_scores_nothing():
@@ -146,7 +162,7 @@ def test_the_mean_of_the_training_features_scores_nothing():
     assert Gaussian.fit(z).score(z.mean(0, keepdim=True)).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_single_picture_makes_a_round_gaussian_of_the_regulariser():
+def test_a_single_image_makes_a_round_gaussian_of_the_regulariser():
     gaussian = Gaussian.fit(torch.ones(1, 3), reg_covar=0.5)
     torch.testing.assert_close(gaussian.score(torch.zeros(1, 3)).item(), 3 / 0.5 / 2)
 

@@ -1,22 +1,22 @@
 """Runs that are killed, starved, repeated, shared or spread: their scores stay the same."""
 
-import builtins
 import contextlib
 import errno
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import textwrap
+import threading
 import time
-import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -24,81 +24,26 @@ import psutil
 import pytest
 import torch
 
-from cplib import runs as runs_module
-from cplib import sweep, train
-from cplib.__main__ import main
-from cplib.config import Run
+from cplib import datasets, train
 from cplib.metrics import image_metrics
-from cplib.runs import collect, ensemble, execute, run_folder
-from cplib.sweep import estimate, execute_all, missing
+from cplib.model import weights_file
+from cplib.run import Run
+from cplib.score import Scorer
+from cplib.study import store, sweep
+from cplib.study.profiles import PROFILES
+from cplib.study.store import Places, checkpoint_file, collect, load_network, run_folder
+from cplib.study.sweep import Workspace, estimate, execute, execute_all, missing, rerun
 
-GEAR = Run(method="cutpaste", category="gear", dataset="demo", size=64, updates=8, sources=4)
-BRICK = replace(GEAR, category="brick", updates=4)
+SMALL = {"dataset": "demo", "size": 64, "updates": 8, "sources": 2, "precision": "fp32"}
+GEAR = Run(method="cutpaste", category="gear", curve=2, **SMALL)
+BRICK = replace(GEAR, category="brick", updates=4, curve=0)
 SECOND = replace(BRICK, seed=1)
+UNTRAINED = replace(GEAR, method="untrained", updates=0, curve=0)
 RUNS = [GEAR, BRICK, SECOND]
-
-# A process of its own: `python -c CHILD DATA RESULTS MOMENT`, killed from outside, or by itself
-# at a moment that a clock would hardly ever hit.
-CHILD = """
-import os, signal, sys, time
-from pathlib import Path
-import torch
-from cplib import runs, train
-from cplib.config import Run
-from cplib.runs import execute
-
-def die(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def tardy(*args, **options):
-    print("update", flush=True)
-    time.sleep(0.1)  # so that a fast machine does not finish first
-    return step(*args, **options)
-
-torch.set_num_threads(1)
-data, results, moment = sys.argv[1:]
-os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
-step, train.step = train.step, tardy
-if moment == "half a checkpoint":
-    Path.replace = die
-if moment == "half a folder":
-    os.rename = die
-if moment == "whole folder":
-    runs.tidy = die
-print("ready", flush=True)
-run = Run(method="cutpaste", category="gear", dataset="demo", size=64, updates=8, sources=4)
-execute(run, data_root=data, results=results)
-"""
-
-
-def child(code: str, *arguments, **options) -> subprocess.Popen:
-    """A Python process with one thread that runs ``code``."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def scores(results: Path, run: Run) -> bytes:
-    """A run's scores, as they are on disk."""
-    return (run_folder(run, results) / "scores.csv").read_bytes()
-
-
-def left_behind(results: Path) -> list[str]:
-    """What lies in a results folder beside whole runs and checkpoints."""
-    files = [*(results / "checkpoints").glob("*"), *(results / "runs").glob(".*")]
-    return sorted(file.name for file in files if file.suffix != ".safetensors")
-
-
-def state(outcome) -> tuple[Run, str]:
-    """An outcome without its message."""
-    return outcome.run, outcome.state
+FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}
+# Processes of their own start from one that has imported torch already.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["cplib.study.sweep"])
 
 
 @pytest.fixture(scope="module")
@@ -106,448 +51,57 @@ def undisturbed(demo_root, tmp_path_factory) -> Path:
     """A results folder with the three runs, each executed in one go."""
     results = tmp_path_factory.mktemp("undisturbed")
     for run in RUNS:
-        execute(run, data_root=demo_root, results=results)
+        execute(run, Places(results, demo_root))
     return results
 
 
 @pytest.fixture
-def often(monkeypatch):
-    """Write a checkpoint after every update."""
-    monkeypatch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
+def places(demo_root, tmp_path) -> Places:
+    """The demo set, and results of its own for each test."""
+    return Places(tmp_path / "results", demo_root)
 
 
 @pytest.fixture
-def half_done(demo_root, tmp_path, often, monkeypatch) -> Path:
-    """A results folder with the checkpoint of GEAR after five of its eight updates."""
-    updates = iter(range(5))
-    step = train.step
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", lambda *a, **k: next(updates) + step(*a, **k))
-        (outcome,) = execute_all([GEAR], data_root=demo_root, results=tmp_path, jobs=1)
-    assert outcome.state == "failed"
-    return tmp_path
-
-
-def checkpoint(results: Path) -> Path:
-    """The one checkpoint in a results folder."""
-    (file,) = (results / "checkpoints").glob("*.safetensors")
-    return file
-
-
-# Killed
-
-
-def test_killed_at_random_moments_a_run_ends_with_the_same_scores(demo_root, undisturbed, tmp_path):
-    moments = random.Random(20210610)
-    kills = resumed = 0
-    for _ in range(5):
-        resumed += any((tmp_path / "checkpoints").glob("*.safetensors"))
-        with child(CHILD, demo_root, tmp_path, "") as process:
-            assert process.stdout.readline() == "ready\n", process.stderr.read()
-            for _ in range(moments.randrange(5)):  # counted in updates: machines differ in speed
-                process.stdout.readline()
-            time.sleep(moments.uniform(0, 0.5))
-            process.kill()
-        kills += process.returncode == -signal.SIGKILL
-    with child(CHILD, demo_root, tmp_path, "") as process:
-        assert process.wait(60) == 0, process.stderr.read()
-    assert kills
-    assert resumed
-    assert scores(tmp_path, GEAR) == scores(undisturbed, GEAR)
-    assert list(collect(tmp_path)["id"]) == [GEAR.id]
-    assert left_behind(tmp_path) == []
-
-
-@pytest.mark.parametrize("moment", ["half a checkpoint", "half a folder", "whole folder"])
-def test_killed_at_the_worst_moment_nothing_is_lost_or_left(
-    demo_root, undisturbed, tmp_path, moment
-):
-    with child(CHILD, demo_root, tmp_path, moment) as process:
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert bool(left_behind(tmp_path)) == (moment != "whole folder")
-    assert len(collect(tmp_path)) == (moment == "whole folder")
-    execute_all([GEAR], data_root=demo_root, results=tmp_path, jobs=1)
-    assert scores(tmp_path, GEAR) == scores(undisturbed, GEAR)
-    assert left_behind(tmp_path) == []
-
-
-def test_a_process_that_the_system_ends_is_a_failed_run(demo_root, tmp_path):
-    code = """
-    import sys, time
-    from cplib.config import Run
-    from cplib.sweep import execute_all
-    if __name__ == "__main__":
-        run = dict(method="cutpaste", category="gear", dataset="demo", size=64, updates=5000)
-        todo = [Run(**run, seed=seed) for seed in range(2)]
-        for o in execute_all(todo, data_root=sys.argv[1], results=sys.argv[2], jobs=2):
-            print(o.run.seed, o.state, o.message)
-    """
-    with child(code, demo_root, tmp_path) as process:
-        runs = tmp_path / "runs"
-        while not runs.exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-        time.sleep(0.5)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        next(w for w in workers if "LokyProcess" in " ".join(w.cmdline())).kill()
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert [line.split(maxsplit=2)[:2] for line in out.splitlines()[-2:]] == [
-        ["0", "failed"],
-        ["1", "failed"],
-    ]
-    assert "its process died" in out
-    assert "Traceback" not in err
-
-
-# One sweep
-
-
-def test_a_failing_run_names_its_file_and_the_others_finish(demo_root, undisturbed, tmp_path):
-    root = shutil.copytree(demo_root, tmp_path / "set")
-    victim = sorted((root / "coin/train/good").glob("*.png"))[2]
-    victim.write_bytes(victim.read_bytes()[:-2000])
-    bad = replace(BRICK, category="coin")
-    nowhere = replace(BRICK, category="nut")
-    order = [bad, SECOND, nowhere, BRICK, SECOND]
-    outcomes = execute_all(order, data_root=root, results=tmp_path / "results", jobs=1)
-    expected = [(bad, "failed"), (SECOND, "done"), (nowhere, "failed"), (BRICK, "done")]
-    assert [state(o) for o in outcomes] == expected
-    assert str(victim) in outcomes[0].message
-    assert "'nut'" in outcomes[2].message
-    assert all("\n" not in o.message for o in outcomes)
-    for run in (BRICK, SECOND):
-        assert scores(tmp_path / "results", run) == scores(undisturbed, run)
-    assert sorted(collect(tmp_path / "results")["id"]) == sorted([BRICK.id, SECOND.id])
-
-
-def test_processes_beside_each_other_give_the_same_scores_in_the_order_asked(
-    demo_root, undisturbed, tmp_path, capsys
-):
-    outcomes = execute_all(RUNS, data_root=demo_root, results=tmp_path, jobs=2)
-    assert [state(o) for o in outcomes] == [(run, "done") for run in RUNS]
-    assert all(scores(tmp_path, run) == scores(undisturbed, run) for run in RUNS)
-    assert "3/3" in capsys.readouterr().out
-
-
-def test_a_budget_stops_cleanly_and_another_call_finishes(
-    demo_root, undisturbed, tmp_path, monkeypatch
-):
-    step = train.step
-    options = {"data_root": demo_root, "results": tmp_path, "jobs": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", lambda *a, **k: (time.sleep(0.3), step(*a, **k))[1])
-        began = time.time()
-        first = execute_all(RUNS, budget=1.0, **options)
-        assert time.time() - began < 10
-    assert [state(o) for o in first] == [(run, "out of time") for run in RUNS]
-    assert f"{GEAR.id}: " in first[0].message and "of 8 updates done" in first[0].message
-    assert [o.message for o in first[1:]] == ["not started"] * 2
-    assert checkpoint(tmp_path).stem == GEAR.id
-    assert len(collect(tmp_path)) == 0
-    assert [state(o) for o in execute_all(RUNS, **options)] == [(run, "done") for run in RUNS]
-    assert all(scores(tmp_path, run) == scores(undisturbed, run) for run in RUNS)
-    assert left_behind(tmp_path) == []
-
-
-def test_a_run_that_is_there_is_not_repeated(demo_root, undisturbed, tmp_path, monkeypatch):
-    results = shutil.copytree(undisturbed, tmp_path / "results")
-    shutil.rmtree(run_folder(BRICK, results))
-    assert missing(RUNS, results) == [BRICK]
-    stored = run_folder(GEAR, results) / "run.json"
-    before = stored.stat().st_mtime_ns
-    outcomes = execute_all(RUNS, data_root=demo_root, results=results, jobs=1)
-    assert [state(o) for o in outcomes] == [(BRICK, "done")]
-    assert stored.stat().st_mtime_ns == before
-    monkeypatch.setattr(runs_module.data, "load", None)
-    assert execute_all(RUNS, data_root="nowhere", results=results) == []
-    assert execute(GEAR, data_root="nowhere", results=results) == run_folder(GEAR, results)
-
-
-def test_relative_folders_are_those_of_the_caller(demo_root, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root = os.path.relpath(demo_root, tmp_path)
-    (outcome,) = execute_all([BRICK], data_root=root, results="out", jobs=1)
-    assert outcome.state == "done", outcome.message
-    assert scores(tmp_path / "out", BRICK) == scores(undisturbed, BRICK)
-
-
-def test_an_unknown_engine_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^unknown engine 'slurm': one of local, ray$"):
-        execute_all(RUNS, data_root=tmp_path, results=tmp_path, engine="slurm")
-
-
-def test_without_ray_its_engine_is_one_clear_line(tmp_path, monkeypatch):
-    imports = builtins.__import__
-
-    def without_ray(name, *args, **options):
-        if name == "ray":
-            raise ImportError("No module named 'ray'")
-        return imports(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_ray)
-    with pytest.raises(ValueError, match=r"^engine 'ray' needs Ray: pip install .*$"):
-        execute_all(RUNS, data_root=tmp_path, results=tmp_path, engine="ray")
-
-
-# Several sweeps
-
-
-def test_a_folder_copied_together_from_two_is_simply_read(undisturbed, tmp_path):
-    for run, machine in ((GEAR, "a"), (BRICK, "b"), (SECOND, "b")):
-        shutil.copytree(run_folder(run, undisturbed), run_folder(run, tmp_path / machine))
-    shutil.copytree(tmp_path / "a/runs", tmp_path / "b/runs", dirs_exist_ok=True)
-    pd.testing.assert_frame_equal(collect(tmp_path / "b"), collect(undisturbed))
-    assert missing(RUNS, tmp_path / "b") == []
-
-
-def test_two_sweeps_share_one_results_folder(demo_root, undisturbed, tmp_path):
-    code = """
-    import sys
-    import torch
-    from cplib import train
-    from cplib.config import Run
-    from cplib.sweep import execute_all
-    torch.set_num_threads(1)
-    os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
-    common = dict(method="cutpaste", dataset="demo", size=64, sources=4)
-    runs = [Run(category="gear", updates=8, **common)]
-    runs += [Run(category="brick", updates=4, seed=seed, **common) for seed in (0, 1)]
-    print("ready", flush=True)
-    sys.stdin.readline()
-    outcomes = execute_all(runs, data_root=sys.argv[1], results=sys.argv[2], jobs=1)
-    sys.exit(any(outcome.state != "done" for outcome in outcomes) and str(outcomes))
-    """
-    both = [child(code, demo_root, tmp_path, stdin=subprocess.PIPE) for _ in range(2)]
-    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
-    for process in both:  # both at once
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in both:
-        _, err = process.communicate(timeout=90)
-        assert process.returncode == 0, err
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(
-        run.id for run in RUNS
-    )
-    assert len(collect(tmp_path)) == 3
-    assert all(scores(tmp_path, run) == scores(undisturbed, run) for run in RUNS)
-    assert left_behind(tmp_path) == []
-
-
-# Disks
-
-
-def full_disk(*args, **options):
-    """What writing to a full disk raises: the error does not know the file's name."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_keeps_the_earlier_checkpoint(demo_root, undisturbed, half_done, monkeypatch):
-    before = checkpoint(half_done).read_bytes()
-    options = {"data_root": demo_root, "results": half_done, "jobs": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", full_disk)
-        (outcome,) = execute_all([GEAR], **options)
-    assert outcome.state == "failed"
-    assert "cannot write the checkpoint" in outcome.message
-    assert "No space left on device" in outcome.message
-    assert "\n" not in outcome.message
-    assert left_behind(half_done) == []
-    assert checkpoint(half_done).read_bytes() == before
-    execute_all([GEAR], **options)
-    assert scores(half_done, GEAR) == scores(undisturbed, GEAR)
-
-
-@pytest.mark.parametrize("owner, name", [(Path, "write_text"), (pd.DataFrame, "to_csv")])
-def test_a_full_disk_leaves_no_half_folder(
-    demo_root, undisturbed, half_done, monkeypatch, owner, name
-):
-    options = {"data_root": demo_root, "results": half_done, "jobs": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, full_disk)
-        (outcome,) = execute_all([GEAR], **options)
-    assert outcome.state == "failed"
-    assert str(run_folder(GEAR, half_done)) in outcome.message
-    assert "No space left on device" in outcome.message
-    assert list((half_done / "runs").iterdir()) == []
-    assert checkpoint(half_done).stem == GEAR.id
-    assert [state(o) for o in execute_all([GEAR], **options)] == [(GEAR, "done")]
-    assert scores(half_done, GEAR) == scores(undisturbed, GEAR)
-
-
-def test_results_that_cannot_be_written_fail_with_their_name(demo_root, tmp_path):
-    (tmp_path / "file").write_text("")
-    results = tmp_path / "file" / "results"
-    (outcome,) = execute_all([BRICK], data_root=demo_root, results=results, jobs=1)
-    assert outcome.state == "failed"
-    assert str(tmp_path / "file") in outcome.message
-    assert "\n" not in outcome.message
-
-
-# Damage
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_a_damaged_checkpoint_is_named_and_training_starts_afresh(
-    demo_root, undisturbed, half_done, capsys, damage
-):
-    file = checkpoint(half_done)
-    whole = file.read_bytes()
-    damaged = {"truncated": whole[: len(whole) // 2], "garbage": b"\xff" * 999, "empty": b""}
-    file.write_bytes(damaged[damage])
-    (outcome,) = execute_all([GEAR], data_root=demo_root, results=half_done, jobs=1)
-    assert outcome.state == "done", outcome.message
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "afresh" in line]
-    assert f"{file}: not a checkpoint" in line
-    assert scores(half_done, GEAR) == scores(undisturbed, GEAR)
-    assert left_behind(half_done) == []
-
-
-def test_a_checkpoint_from_another_kind_of_device_starts_afresh(
-    demo_root, undisturbed, half_done, capsys
-):
-    file = checkpoint(half_done)
-    assert file.read_bytes().count(b'"device":"cpu"') == 1
-    file.write_bytes(file.read_bytes().replace(b'"device":"cpu"', b'"device":"gpu"', 1))
-    execute_all([GEAR], data_root=demo_root, results=half_done, jobs=1)
-    assert "begun on gpu; training starts afresh on cpu" in capsys.readouterr().out
-    assert scores(half_done, GEAR) == scores(undisturbed, GEAR)
-
-
-def test_a_checkpoint_of_another_run_is_refused(demo_root, half_done):
-    other = replace(GEAR, seed=5)
-    file = checkpoint(half_done)
-    file.rename(file.with_name(f"{other.id}.safetensors"))
-    (outcome,) = execute_all([other], data_root=demo_root, results=half_done, jobs=1)
-    assert outcome.state == "failed"
-    assert f"is a checkpoint of {GEAR.id}, not of {other.id}" in outcome.message
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"version": 99}, "record version 99"),
-        ({"run": {"method": "cutpaste", "category": "gear", "moon": 1}}, "unknown field 'moon'"),
-        ({"run": {"method": "telepathy", "category": "gear"}}, "unknown method 'telepathy'"),
-        ({"run": {"method": "cutpaste", "category": "gear"}}, "the record inside is of"),
-        ({"device": None}, "no 'device'"),
-        ("device", "no 'device'"),
-        ("{", "not a run"),
-    ],
-)
-def test_a_foreign_record_is_warned_about_and_left(undisturbed, tmp_path, change, words):
-    for run in (GEAR, BRICK):
-        shutil.copytree(run_folder(run, undisturbed), run_folder(run, tmp_path))
-    file = run_folder(GEAR, tmp_path) / "run.json"
-    record = json.loads(file.read_text())
-    if isinstance(change, dict):
-        text = json.dumps(record | change)
-    else:
-        text = (
-            change
-            if change == "{"
-            else json.dumps({k: v for k, v in record.items() if k != change})
-        )
-    file.write_text(text)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        table = collect(tmp_path)
-    assert list(table["id"]) == ([BRICK.id] if words else [BRICK.id, GEAR.id])
-    messages = [str(w.message) for w in caught]
-    assert len(messages) == bool(words)
-    assert all(words in m and GEAR.id in m and "\n" not in m for m in messages)
-    assert file.read_text() == text
-
-
-# Again
+def copied(undisturbed, places) -> Places:
+    """As ``places``, with a copy of the three runs."""
+    shutil.copytree(undisturbed, places.results)
+    return places
 
 
 @pytest.fixture
-def stored(undisturbed, tmp_path) -> Path:
-    """A copy of the folder of one stored run."""
-    return shutil.copytree(run_folder(BRICK, undisturbed), tmp_path / BRICK.id)
+def half_done(places, monkeypatch) -> Places:
+    """As ``places``, with the checkpoint of GEAR after five of its eight updates."""
+    updates, step = iter(range(5)), train.step
+    with monkeypatch.context() as patch:
+        patch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
+        patch.setattr(train, "step", lambda *a: (next(updates), step(*a))[1])
+        (outcome,) = execute_all([GEAR], places, jobs=1)
+    assert outcome.state == "failed"
+    assert checkpoint_file(GEAR, places.results).exists()
+    return places
 
 
-def test_rerun_of_a_stored_run_is_the_same_byte_for_byte(demo_root, stored, capsys):
-    before = {file.name: file.read_bytes() for file in stored.iterdir()}
-    assert main(["rerun", str(stored), "--data", str(demo_root)]) == 0
-    assert "byte for byte" in capsys.readouterr().out
-    assert {file.name: file.read_bytes() for file in stored.iterdir()} == before
+def assert_same(results: Path, expected: Path, runs=RUNS) -> None:
+    """Scores and metrics to the byte, the networks, and the histories without their seconds."""
+    for run in runs:
+        mine, theirs = run_folder(run, results), run_folder(run, expected)
+        for name in ("scores.csv", "metrics.json"):
+            assert (mine / name).read_bytes() == (theirs / name).read_bytes(), name
+        tables = (pd.read_csv(f / "history.csv", dtype=str) for f in (mine, theirs))
+        pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+        nets = (load_network(run, Places(r)).state_dict() for r in (results, expected))
+        assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, nets), strict=True))
 
 
-def alter(text: str, damage: str) -> str:
-    """Scores changed by a little, a lot, or beyond recognition."""
-    lines = text.splitlines()
-    if damage == "one score":
-        value = float(lines[1].rsplit(",", 1)[1])
-        lines[1] = f"{lines[1].rsplit(',', 1)[0]},{value * 1.001:.9g}"
-    if damage == "a word":
-        lines[2] = f"{lines[2].rsplit(',', 1)[0]},high"
-    if damage == "a row less":
-        lines.pop()
-    if damage == "a column less":
-        lines = [line.rsplit(",", 1)[0] for line in lines]
-    return "\n".join(lines) + "\n"
+def left_behind(results: Path) -> list[str]:
+    """What lies in a results folder beside whole runs and checkpoints."""
+    files = [*(results / "checkpoints").glob("*"), *(results / "runs").glob(".*")]
+    return [f.name for f in files if f.suffix != ".safetensors" or f.name.startswith(".")]
 
 
-@pytest.mark.parametrize("damage", ["one score", "a word", "a row less", "a column less"])
-def test_rerun_notices_altered_scores(demo_root, stored, capsys, monkeypatch, undisturbed, damage):
-    def copied(run, *, results, **options):
-        return shutil.copytree(run_folder(run, undisturbed), run_folder(run, results))
-
-    if damage != "one score":  # one true repetition is enough
-        monkeypatch.setattr(runs_module, "execute", copied)
-    file = stored / "scores.csv"
-    file.write_text(alter(file.read_text(), damage))
-    assert main(["rerun", str(stored), "--data", str(demo_root)]) == 1
-    out, err = capsys.readouterr()
-    assert "NOT the same" in out
-    assert err == ""
-
-
-def test_rerun_on_another_device_allows_a_little(demo_root, stored, undisturbed, monkeypatch):
-    def elsewhere(run, *, results, **options):
-        folder = shutil.copytree(run_folder(run, undisturbed), run_folder(run, results))
-        change_record(folder, device="another")
-        return folder
-
-    monkeypatch.setattr(runs_module, "execute", elsewhere)
-    table = pd.read_csv(stored / "scores.csv")
-    for shift, same in ((0.05, True), (0.2, False)):
-        moved = table.assign(score=table["score"] + shift * table["score"].std())
-        moved.to_csv(stored / "scores.csv", index=False)
-        assert runs_module.rerun(stored, data_root=demo_root)[0] is same
-
-
-def one_error(capsys) -> str:
-    """The one line on standard error."""
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-def test_rerun_on_other_pictures_is_one_clear_line(demo_root, stored, tmp_path, capsys):
-    root = shutil.copytree(demo_root, tmp_path / "other")
-    first, second = sorted((root / "brick/train/good").glob("*.png"))[:2]
-    shutil.copy(first, second)
-    assert main(["rerun", str(stored), "--data", str(root)]) == 2
-    line = one_error(capsys)
-    assert str(stored) in line and "train pictures are not those" in line
-    assert main(["rerun", str(stored), "--data", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in one_error(capsys)
-
-
-def test_rerun_of_what_is_no_run_is_one_clear_line(demo_root, stored, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for folder in (demo_root, tmp_path / "nowhere", tmp_path / "file"):
-        assert main(["rerun", str(folder), "--data", str(demo_root)]) == 2
-        assert f"{folder}: not a run of this version" in one_error(capsys)
-
-
-# Sums
+def states(outcomes) -> list[tuple[Run, str]]:
+    """Outcomes without their messages."""
+    return [(outcome.run, outcome.state) for outcome in outcomes]
 
 
 def change_record(folder: Path, **changes) -> None:
@@ -556,92 +110,413 @@ def change_record(folder: Path, **changes) -> None:
     (folder / "run.json").write_text(json.dumps(record | changes))
 
 
-def test_estimate_counts_by_hand(undisturbed, tmp_path):
+# The folder of a run
+
+
+def test_a_folder_holds_four_files_and_the_scores_are_those_of_the_network(undisturbed, demo_root):
+    folder = run_folder(GEAR, undisturbed)
+    assert set(os.listdir(folder)) == FILES
+    normal, test = (datasets.load(demo_root, "gear", s, 64) for s in ("train", "test"))
+    table = store.read_scores(folder)
+    assert table["file"].tolist() == list(test.names)
+    assert table["kind"].tolist() == list(test.kinds)
+    assert table["label"].tolist() == test.labels.tolist()
+    scorer = Scorer.fit(GEAR, load_network(GEAR, Places(undisturbed)), normal.pixels)
+    np.testing.assert_allclose(scorer.score(test.pixels), table["score"], rtol=1e-3)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == pytest.approx(image_metrics(table["label"], table["score"]))
+
+
+def test_the_record_holds_the_run_and_what_is_behind_its_numbers(undisturbed, demo_root):
+    run, record, metrics = store.read(run_folder(GEAR, undisturbed))
+    assert run == GEAR
+    assert set(metrics) == {"image_auroc", "image_ap", "image_f1max"}
+    assert (record["precision"], record["threads"], record["weights"]) == ("fp32", 1, None)
+    assert record["device"].startswith("CPU")
+    for split, digest in record["data"].items():
+        assert digest == datasets.fingerprint(datasets.load(demo_root, "gear", split, 64))
+    assert record["environment"]["torch"] == torch.__version__
+    made = record["images_per_second"] * record["train_seconds"]
+    assert made == pytest.approx(8 * 2 * 2, rel=0.1)
+
+
+def test_the_auroc_is_noted_at_the_points_asked_for_and_changes_nothing(undisturbed, places):
+    folder = run_folder(GEAR, undisturbed)
+    noted = pd.read_csv(folder / "history.csv").set_index("update")["image_auroc"]
+    assert noted.dropna().index.tolist() == [4, 8]
+    final = json.loads((folder / "metrics.json").read_text())["image_auroc"]
+    assert noted[8] == pytest.approx(final, rel=1e-5)
+    plain = execute(replace(GEAR, curve=0), places)
+    assert (plain / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
+
+
+def test_a_baseline_trains_nothing_and_its_record_names_its_weights(places):
+    run = PROFILES["smoke"].run("pretrained", "gear")
+    torch.set_num_threads(1)
+    folder = execute(run, places, threads=2)
+    assert torch.get_num_threads() == 1  # as it was
+    assert set(os.listdir(folder)) == FILES
+    assert (folder / "history.csv").read_text().strip() == ""
+    record, file = store.read(folder)[1], weights_file(run.backbone)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert record["weights"] == {"file": file.name, "sha256": digest}
+    assert (record["threads"], record["train_seconds"], record["images_per_second"]) == (2, 0, None)
+    assert not checkpoint_file(run, places.results).exists()
+    assert load_network(run, places).pixel_mean.flatten().tolist() == pytest.approx([0.498] * 3)
+
+
+def test_a_run_without_data_or_that_diverges_leaves_no_folder(places):
+    with pytest.raises(datasets.DataError, match="nothing"):
+        execute(replace(BRICK, category="nothing"), places)
+    with pytest.raises(ValueError, match="finite"):
+        execute(replace(BRICK, learning_rate=1e30), places)
+    assert list(places.results.glob("runs/*")) == left_behind(places.results) == []
+
+
+def test_scoring_otherwise_trains_nothing(copied, monkeypatch):
+    monkeypatch.setattr(train, "step", lambda *args: pytest.fail("trained again"))
+    run = replace(GEAR, l2_normalise=True, reg_covar=1e-3, window=32, stride=16)
+    read, record, metrics = store.read(execute(run, copied))
+    _, earlier, own = store.read(run_folder(GEAR, copied.results))
+    assert (read, record["train_seconds"]) == (run, earlier["train_seconds"])
+    assert metrics["image_ap"] != own["image_ap"] or metrics["image_auroc"] != own["image_auroc"]
+    assert 0 <= metrics["pixel_auroc"] <= 100
+
+
+def test_a_network_comes_from_a_whole_checkpoint_or_not_at_all(copied):
+    assert not load_network(GEAR, copied).training
+    file = checkpoint_file(GEAR, copied.results)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{file}: expected the run's tensors"):
+        load_network(GEAR, copied)
+    file.unlink()
+    assert load_network(GEAR, copied) is None
+
+
+# Killed
+
+
+def work(pipe, run, places, moment="") -> None:
+    """Execute a run in a process that dies at a moment which a clock would hardly ever hit."""
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def tardy(*args):
+        pipe.send("update")
+        time.sleep(0.1)  # so that a fast machine does not finish first
+        return step(*args)
+
+    torch.set_num_threads(1)
+    os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
+    step, train.step = train.step, tardy
+    if moment == "half a checkpoint":
+        Path.replace = die
+    if moment == "half a folder":
+        Path.rename = die
+    if moment == "whole folder":
+        store.remove_leftovers = die
+    execute(run, places)
+
+
+@contextlib.contextmanager
+def process(target, *arguments):
+    """Another process that does ``target(pipe, *arguments)``, and this end of the pipe."""
+    here, there = PROCESSES.Pipe()
+    started = PROCESSES.Process(target=target, args=(there, *arguments))
+    started.start()
+    there.close()
+    try:
+        yield started, here
+    finally:
+        started.kill()
+        started.join()
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(undisturbed, places):
+    moments, kills, resumed = random.Random(20210610), 0, 0
+    for _ in range(4):
+        resumed += checkpoint_file(GEAR, places.results).exists()
+        with process(work, GEAR, places) as (worker, pipe):
+            with contextlib.suppress(EOFError):  # it has finished
+                for _ in range(moments.randrange(1, 5)):  # machines differ in speed
+                    pipe.recv()
+            time.sleep(moments.uniform(0, 0.3))
+            worker.kill()
+            worker.join()
+            kills += worker.exitcode == -signal.SIGKILL
+    execute(GEAR, places)
+    assert kills
+    assert resumed
+    assert_same(places.results, undisturbed, [GEAR])
+    assert os.listdir(places.results / "runs") == [GEAR.id]
+    assert left_behind(places.results) == []
+
+
+@pytest.mark.parametrize("moment", ["half a checkpoint", "half a folder", "whole folder"])
+def test_killed_at_the_worst_moment_nothing_is_lost_or_left(undisturbed, places, moment):
+    with process(work, BRICK, places, moment) as (worker, _):
+        worker.join(60)
+        assert worker.exitcode == -signal.SIGKILL
+    assert bool(left_behind(places.results)) == (moment != "whole folder")
+    assert run_folder(BRICK, places.results).exists() == (moment == "whole folder")
+    execute_all([BRICK], places, jobs=1)
+    assert_same(places.results, undisturbed, [BRICK])
+    assert left_behind(places.results) == []
+
+
+def share(pipe, places) -> None:
+    """Execute all runs as soon as something is said, and answer with what became of them."""
+    torch.set_num_threads(1)
+    os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send([(o.state, o.message) for o in execute_all(RUNS, places, jobs=1)])
+
+
+def test_two_processes_share_one_results_folder(undisturbed, places):
+    with process(share, places) as (_, one), process(share, places) as (_, other):
+        assert [one.recv(), other.recv()] == ["ready"] * 2
+        one.send("go"), other.send("go")
+        for pipe in (one, other):
+            assert {state for state, _ in pipe.recv()} <= {"done"}
+    assert_same(places.results, undisturbed)
+    assert set(os.listdir(places.results / "runs")) == {run.id for run in RUNS}
+    assert left_behind(places.results) == []
+
+
+# Many runs
+
+
+def test_processes_beside_each_other_give_the_same_bytes_in_the_order_asked(
+    undisturbed, places, capsys, monkeypatch
+):
+    monkeypatch.chdir(places.results.parent)
+    relative = Places(Path("results"), Path(os.path.relpath(places.data)))
+    outcomes = execute_all(RUNS, relative, jobs=2)
+    assert states(outcomes) == [(run, "done") for run in RUNS]
+    assert_same(places.results, undisturbed)
+    assert "3/3" in capsys.readouterr().out
+
+
+def test_a_process_that_the_system_ends_is_a_failed_run(places):
+    over = threading.Event()
+
+    def kill_workers():
+        while not over.wait(1):
+            children = psutil.Process().children(recursive=True)
+            for child in [c for c in children if "LokyProcess" in " ".join(c.cmdline())][:1]:
+                child.kill()
+
+    threading.Thread(target=kill_workers, daemon=True).start()
+    todo = [replace(GEAR, updates=100_000, curve=0, seed=seed) for seed in range(2)]
+    outcomes = execute_all(todo, places, jobs=2)
+    over.set()
+    assert states(outcomes) == [(run, "failed") for run in todo]
+    assert all("its process died" in o.message for o in outcomes)
+
+
+def test_a_failing_run_names_its_file_and_the_others_finish(undisturbed, places):
+    root = shutil.copytree(places.data, places.results.parent / "set")
+    victim = sorted((root / "coin/train/good").glob("*.png"))[2]
+    victim.write_bytes(victim.read_bytes()[:-2000])
+    bad, nowhere = (replace(BRICK, category=category) for category in ("coin", "nut"))
+    order = [bad, SECOND, nowhere, BRICK, SECOND]
+    outcomes = execute_all(order, places._replace(data=root), jobs=1)
+    expected = [(bad, "failed"), (SECOND, "done"), (nowhere, "failed"), (BRICK, "done")]
+    assert states(outcomes) == expected
+    assert str(victim) in outcomes[0].message
+    assert "'nut'" in outcomes[2].message
+    assert all("\n" not in o.message for o in outcomes)
+    assert_same(places.results, undisturbed, [BRICK, SECOND])
+
+
+def test_a_budget_stops_cleanly_and_another_call_finishes(undisturbed, places, monkeypatch):
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda *a: (time.sleep(0.3), step(*a))[1])
+        first = execute_all(RUNS, places, budget=1.0, jobs=1)
+    assert states(first) == [(run, "out of time") for run in RUNS]
+    assert f"{GEAR.id}: " in first[0].message and "of 8 updates done" in first[0].message
+    assert [o.message for o in first[1:]] == ["not started"] * 2
+    assert not (places.results / "runs").exists()
+    assert states(execute_all(RUNS, places, jobs=1)) == [(run, "done") for run in RUNS]
+    assert_same(places.results, undisturbed)
+    assert left_behind(places.results) == []
+
+
+def test_a_run_that_is_there_is_not_repeated_and_needs_no_data(copied):
+    shutil.rmtree(run_folder(BRICK, copied.results))
+    assert missing([*RUNS, BRICK], copied.results) == [BRICK]
+    stored = run_folder(GEAR, copied.results) / "run.json"
+    before = stored.stat().st_mtime_ns
+    assert states(execute_all(RUNS, copied, jobs=1)) == [(BRICK, "done")]
+    assert stored.stat().st_mtime_ns == before
+    assert execute_all(RUNS, copied._replace(data=Path("nowhere"))) == []
+    assert execute(GEAR, copied._replace(data=None)) == stored.parent
+
+
+def test_an_unknown_engine_and_a_lack_of_ray_are_one_clear_line(places, monkeypatch):
+    with pytest.raises(ValueError, match=r"^unknown engine 'slurm': one of local, ray$"):
+        execute_all(RUNS, places, engine="slurm")
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    with pytest.raises(ValueError, match=r"^engine 'ray' needs Ray: pip install .*$"):
+        execute_all(RUNS, places, engine="ray")
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(8, 1), (24, 2), (80, 8)])
+def test_as_many_runs_share_a_gpu_as_its_memory_holds(monkeypatch, gigabytes, expected):
+    gpu = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert sweep._jobs("cuda", 1) == expected
+
+
+def test_a_workspace_refuses_results_of_other_images_and_to_train_without_any(copied, demo_root):
+    def workspace(data):
+        return Workspace(PROFILES["smoke"], ("gear",), copied._replace(data=data))
+
+    other = shutil.copytree(demo_root, copied.results.parent / "other")
+    assert workspace(demo_root).missing([GEAR, UNTRAINED]) == [UNTRAINED]
+    shutil.copy(other / "gear/test/good/000.png", other / "gear/test/good/001.png")
+    with pytest.raises(sweep.UsageError, match="runs on other images of 'gear'"):
+        workspace(other).missing([GEAR, UNTRAINED])
+    with pytest.raises(sweep.UsageError, match="1 runs need data"):
+        workspace(None).execute([UNTRAINED])
+
+
+def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
+    undisturbed, half_done, monkeypatch
+):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # does not know the file's name
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", Mock(side_effect=full))
+        (outcome,) = execute_all([GEAR], half_done, jobs=1)
+    assert outcome.state == "failed"
+    assert f"cannot write {run_folder(GEAR, half_done.results)}" in outcome.message
+    assert "No space left on device" in outcome.message
+    assert os.listdir(half_done.results / "runs") == []
+    checkpoint_file(GEAR, half_done.results).write_bytes(b"\xff" * 999)
+    assert states(execute_all([GEAR], half_done, jobs=1)) == [(GEAR, "done")]
+    assert_same(half_done.results, undisturbed, [GEAR])
+    assert left_behind(half_done.results) == []
+
+
+# Collected
+
+
+def test_collect_gives_a_row_a_finished_run_with_fields_metrics_and_seconds(copied):
+    table = collect([*RUNS, UNTRAINED, GEAR], copied.results)
+    assert table["id"].tolist() == [run.id for run in RUNS]
+    row = table.iloc[0]
+    assert all(row[name] == value for name, value in asdict(GEAR).items())
+    metrics = store.read(run_folder(GEAR, copied.results))[2]
+    assert {name: row[name] for name in metrics} == metrics
+    assert row["train_seconds"] > 0
+    empty = collect([UNTRAINED], copied.results)
+    assert len(empty) == 0
+    assert set(table) <= set(empty)
+    change_record(run_folder(BRICK, copied.results), run=asdict(SECOND))
+    with pytest.warns(UserWarning, match=f"{BRICK.id}: .*the record inside is of {SECOND.id}"):
+        assert collect(RUNS, copied.results)["id"].tolist() == [GEAR.id, SECOND.id]
+
+
+def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, monkeypatch):
     for run, rate in ((GEAR, 10.0), (BRICK, 20.0), (SECOND, 90.0)):
-        shutil.copytree(run_folder(run, undisturbed), run_folder(run, tmp_path))
-        change_record(run_folder(run, tmp_path), device="abacus", images_per_second=rate)
-    todo = [replace(GEAR, method="cutpaste_3way", updates=100, seed=seed) for seed in (0, 1)] + [
-        replace(GEAR, method="rotation", updates=50),
-        replace(GEAR, method="rotation", updates=50, size=128),
-        Run(method="untrained", category="gear", dataset="demo", size=64, updates=0),
-    ]
-    table = estimate([*todo, todo[0], *RUNS], tmp_path, "abacus")
-    assert list(table.index) == ["cutpaste_3way", "rotation", "untrained"]
-    assert list(table["runs"]) == [2, 2, 1]
-    assert list(table["images"]) == [2 * 100 * 4 * 3, 2 * 50 * 4 * 4, 0]
-    assert table["hours"].tolist() == pytest.approx([2400 / 20 / 3600, 800 / 20 / 3600, 0])
-    other = estimate(todo, tmp_path, "another device")
-    assert list(other["images"]) == [2400, 1600, 0]
-    assert other["hours"].isna().all()
-    assert estimate(RUNS, tmp_path, "abacus").empty
+        folder = run_folder(run, copied.results)
+        change_record(folder, device="abacus", images_per_second=rate)
+    todo = [replace(GEAR, method="cutpaste_3way", updates=100, seed=seed) for seed in (0, 1)]
+    todo += [replace(GEAR, method="rotation", updates=50), UNTRAINED]
+    other = [replace(UNTRAINED, updates=1, crop=32), replace(GEAR, size=128)]
+    other += [replace(GEAR, method="scar", backbone="efficientnet_b4")]
+    monkeypatch.setattr(sweep, "device_name", lambda device: "abacus")
+    table = estimate([*todo, todo[0], *RUNS], copied)
+    assert table["runs"].to_dict() == {"cutpaste_3way": 2, "rotation": 1, "untrained": 1}
+    assert table["images"].tolist() == [2 * 100 * 2 * 3, 50 * 2 * 4, 0]
+    assert table["hours"].tolist() == pytest.approx([1200 / 20 / 3600, 400 / 20 / 3600, 0])
+    assert estimate(other, copied)["hours"].isna().all()
+    assert estimate(RUNS, copied).empty
+    monkeypatch.setattr(sweep, "device_name", lambda device: "another")
+    assert estimate(todo, copied)["hours"].isna().all()
 
 
-def test_ensemble_is_the_mean_of_the_scores(undisturbed, tmp_path):
-    seeds = [replace(BRICK, method="cutpaste_3way", seed=seed) for seed in (0, 1)]
-    alone = replace(GEAR, method="cutpaste_3way")
-    for run, source in zip([alone, *seeds], RUNS, strict=True):
-        shutil.copytree(run_folder(source, undisturbed), run_folder(run, tmp_path))
-        fields = json.loads((run_folder(run, tmp_path) / "run.json").read_text())["run"]
-        fields |= {name: getattr(run, name) for name in ("method", "category", "seed", "updates")}
-        change_record(run_folder(run, tmp_path), run=fields)
-    draw = np.random.default_rng(0)
-    files = [run_folder(run, tmp_path) / "scores.csv" for run in seeds]
-    tables = [pd.read_csv(file) for file in files]
-    for table in tables:
-        table["score"] = draw.normal(size=len(table))
-    tables[1].iloc[::-1].to_csv(files[1], index=False)  # rows belong together by their file
-    tables[0].to_csv(files[0], index=False)
-    by_hand = image_metrics(tables[0]["label"], (tables[0]["score"] + tables[1]["score"]) / 2)
-    (row,) = ensemble(tmp_path, collect(tmp_path)).to_dict("records")
-    assert (row["method"], row["category"], row["members"]) == ("ensemble", "brick", 2)
-    assert {name: row[name] for name in by_hand} == pytest.approx(by_hand)
-    assert ensemble(tmp_path, collect(tmp_path, seed=0)).empty
+# Repeated
+
+
+def test_rerun_of_a_stored_run_is_the_same_byte_for_byte(copied):
+    folder = run_folder(BRICK, copied.results)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert rerun(folder, copied) == (True, "the same scores, byte for byte")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.fixture
+def repeated(undisturbed, monkeypatch):
+    """Repeating a run is quick: what it gives is there already."""
+
+    def copy(run, places, **options):
+        return shutil.copytree(run_folder(run, undisturbed), run_folder(run, places.results))
+
+    monkeypatch.setattr(sweep, "execute", copy)
+
+
+@pytest.mark.parametrize(
+    ("device", "shift", "same"),
+    [({}, 0.001, False), ({"device": "a GPU"}, 0.05, True), ({"device": "a GPU"}, 0.2, False)],
+)
+def test_scores_may_differ_a_little_between_devices_only(copied, repeated, device, shift, same):
+    folder = run_folder(BRICK, copied.results)
+    change_record(folder, **device)
+    table = pd.read_csv(folder / "scores.csv")
+    table.loc[0, "score"] += shift * table["score"].std()
+    table.to_csv(folder / "scores.csv", index=False)
+    found, line = rerun(folder, copied)
+    assert found is same
+    assert "of their standard deviation" in line
+    for other in (table.assign(score="high"), table[:-1], table.drop(columns="kind")):
+        other.to_csv(folder / "scores.csv", index=False)
+        assert rerun(folder, copied)[0] is False
+
+
+def test_a_run_cannot_be_repeated_on_other_images(copied, repeated):
+    root = shutil.copytree(copied.data, copied.results.parent / "other")
+    first, second = sorted((root / "brick/train/good").glob("*.png"))[:2]
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match="its train images are not those"):
+        rerun(run_folder(BRICK, copied.results), copied._replace(data=root))
 
 
 # Ray
 
-CLUSTER = """
-import os, sys, threading, time
-import psutil
-import torch
-from cplib import sweep
-from cplib.config import Run
-import ray
-from ray.cluster_utils import Cluster
 
-data, results = sys.argv[1:]
-torch.set_num_threads(1)
-small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=small)
-worker = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-cluster.wait_for_nodes()
-ray.init(address=cluster.address, log_to_driver=False)
-common = dict(method="cutpaste", dataset="demo", size=64, sources=4)
-runs = [Run(category="gear", updates=8, **common)]
-runs += [Run(category="brick", updates=4, seed=seed, **common) for seed in (0, 1)]
-runs += [Run(category="nut", updates=4, **common)]
+def on_ray(pipe, places, folder) -> None:
+    """Execute runs on a cluster of two nodes, one of which is lost once it works."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray stays on the loopback address
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
+    import ray
+    from ray.cluster_utils import Cluster
 
-def kill_when_it_works():
-    raylet = worker.all_processes["raylet"][0].process.pid
-    while not any("ray::attempt" in name for name in children(raylet)):
-        time.sleep(0.05)
-    time.sleep(1)
-    cluster.remove_node(worker, allow_graceful=False)
-    print("killed", flush=True)
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=small | {"include_dashboard": False})
+    lost = cluster.add_node(**small)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
 
-def children(parent):
-    there = [p.info for p in psutil.process_iter(["ppid", "cmdline"])]
-    return [" ".join(p["cmdline"] or []) for p in there if p["ppid"] == parent]
+    def kill_when_it_works():
+        raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
+        while not any("ray::attempt" in " ".join(child.cmdline()) for child in raylet.children()):
+            time.sleep(0.05)
+        time.sleep(1)
+        cluster.remove_node(lost, allow_graceful=False)
+        pipe.send("killed")
 
-threading.Thread(target=kill_when_it_works, daemon=True).start()
-os.chdir(os.path.dirname(results))
-relative = os.path.basename(results)
-for o in sweep.execute_all(runs, data_root=data, results=relative, engine="ray"):
-    print("outcome", o.run.id, o.state, o.message)
-ray.shutdown()
-cluster.shutdown()
-print("shut down", ray.is_initialized())
-"""
+    killer = threading.Thread(target=kill_when_it_works, daemon=True)
+    killer.start()
+    outcomes = execute_all([*RUNS, replace(BRICK, category="nut")], places, engine="ray")
+    killer.join()
+    pipe.send([(outcome.run.id, outcome.state) for outcome in outcomes])
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -649,42 +524,21 @@ def ray_folder():
     """Where a cluster keeps its sockets (their paths have to be short); nothing outlives it."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         yield folder
-        for process in psutil.process_iter():
+        for running in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if folder in " ".join(process.cmdline()):
-                    process.kill()
+                if folder in " ".join(running.cmdline()):
+                    running.kill()
 
 
-def test_a_ray_cluster_that_loses_a_node_gives_the_same_scores(
-    demo_root, undisturbed, tmp_path, ray_folder
-):
+def test_a_ray_cluster_that_loses_a_node_gives_the_same_scores(undisturbed, places, ray_folder):
     pytest.importorskip("ray")
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then stays on the loopback address
-        "RAY_TMPDIR": ray_folder,
-    }
-    results = tmp_path / "results"
-    with child(CLUSTER, demo_root, results, env=environment) as process:
-        try:
-            out, err = process.communicate(timeout=240)
-        finally:
-            process.kill()
-    assert process.returncode == 0, err
-    assert "killed" in out
-    nut = replace(BRICK, category="nut")
-    lines = [line.split()[1:3] for line in out.splitlines() if line.startswith("outcome")]
-    assert lines == [[run.id, "done"] for run in RUNS] + [[nut.id, "failed"]]
-    assert all(scores(results, run) == scores(undisturbed, run) for run in RUNS)
-    assert out.splitlines()[-1] == "shut down False"
-    assert len((out + err).splitlines()) < 200
-    assert left_behind(results) == []
-
-
-@pytest.mark.parametrize(("gigabytes", "expected"), [(15, 1), (24, 2), (80, 8), (8, 1)])
-def test_as_many_runs_share_a_gpu_as_its_memory_holds(monkeypatch, gigabytes, expected):
-    gpu = SimpleNamespace(total_memory=gigabytes * 2**30)
-    monkeypatch.delenv("CPLIB_JOBS", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert sweep._jobs("cuda", 1) == expected
+    with process(on_ray, places, ray_folder) as (worker, pipe):
+        assert pipe.poll(200)
+        assert pipe.recv() == "killed"
+        assert pipe.poll(200)
+        nut = replace(BRICK, category="nut")
+        assert pipe.recv() == [(run.id, "done") for run in RUNS] + [(nut.id, "failed")]
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert_same(places.results, undisturbed)
+    assert left_behind(places.results) == []

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from cplib import datasets
 from cplib.datasets import atomic
 from cplib.density import Gaussian, PlaceGaussians, moments
+from cplib.localize import positions
 from cplib.metrics import f1_max
 from cplib.model import PretextNet, build
 from cplib.run import Run
@@ -25,7 +27,7 @@ from cplib.train import fit, precision
 VERSION = 4  # of what is saved
 TENSORS, RECORD = "detector.safetensors", "detector.json"
 GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is shown
-LARGEST = 4096  # pixels a side: a record cannot ask for all the memory
+LARGEST, DEEPEST = 4096, 16  # pixels a side, hidden layers: a record cannot ask for all the memory
 Images = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
 
@@ -96,21 +98,28 @@ class Detector:
         if hashlib.sha256(raw).hexdigest() != record["sha256"]:
             raise ValueError(f"{TENSORS} is damaged, or of another detector: its sha256 differs")
         run = Run.from_dict(record["run"])
-        if run.size > LARGEST:
-            raise ValueError(f"images of {run.size} pixels; at most {LARGEST}")
+        if run.size > LARGEST or len(run.head) > DEEPEST:
+            raise ValueError(f"at most {LARGEST} pixels a side and {DEEPEST} hidden layers")
+        if [type(record[k]) for k in ("threshold", "chosen", "images")] != [float, str, str]:
+            raise ValueError("threshold, chosen and images must be a number and two texts")
         tensors = load(raw)
-        if not all(
-            v.isfinite().all() for v in [*tensors.values(), torch.tensor(record["threshold"])]
-        ):
-            raise ValueError("a number is not finite")
         with torch.device("meta"):  # a record cannot ask for memory
             net = build(replace(run, init="random", freeze_batchnorm=False))
+            _check(tensors, _expected(run, net, tensors))
+        numbers = [*tensors.values(), torch.tensor(record["threshold"])]
+        if not all(v.isfinite().all() for v in numbers):
+            raise ValueError("a number is not finite")
+        factor = tensors.get("density.factor", torch.ones(1, 1))
+        if not (factor.diagonal() > 0).all() or factor.triu(1).any():
+            raise ValueError("density.factor is not one of a covariance")
         state = {k[4:]: tensors.pop(k) for k in [*tensors] if k.startswith("net.")}
         net.load_state_dict(state, assign=True)
         net = net.to(device, memory_format=torch.channels_last).eval()
         normal, anomalous = tensors.pop("normal"), tensors.pop("anomalous")
-        # Copies: the last digits of matrix products depend on where in memory a matrix begins.
+        # Copies, laid out as they were fitted: the last digits of matrix products depend on it.
         density = {k.removeprefix("density."): v.clone() for k, v in tensors.items()}
+        if not by_place(run):
+            density["factor"] = factor.mT.contiguous().mT  # by columns, as Cholesky leaves it
         kind = PlaceGaussians if by_place(run) else Gaussian
         options = {"reg_covar": run.reg_covar} if by_place(run) else {}
         scorer = Scorer(run, net, kind(**density, **options))
@@ -157,6 +166,31 @@ def fit_detector(
     detector = Detector(scorer, *choose_threshold(own, other, quantile), own, other, digest)
     detector.save(places.results / "detectors" / name)
     return detector
+
+
+def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types that a detector of this run has."""
+    lengths = {k: len(tensors[k]) for k in ("normal", "anomalous")}
+    found = {k: torch.empty(n, dtype=torch.float64) for k, n in lengths.items()}
+    width, shape = net.head[0].in_features, (1, 1)
+    if run.window:
+        shape = positions(run.size, run.size, run.window, run.stride)
+    if by_place(run):
+        found["density.z"] = torch.empty(lengths["normal"], math.prod(shape), width)
+    else:
+        found["density.mean"] = torch.empty(width, dtype=torch.float64)
+        found["density.factor"] = torch.empty(width, width, dtype=torch.float64)
+    return found | {f"net.{k}": v for k, v in net.state_dict().items()}
+
+
+def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """ValueError names the first tensor that is missing, unknown or of another kind."""
+    if odd := sorted(set(tensors) ^ set(expected)):
+        raise ValueError(f"{odd[0]!r} is missing or unknown")
+    for name, value in tensors.items():
+        want = expected[name].shape, expected[name].dtype
+        if (value.shape, value.dtype) != want:
+            raise ValueError(f"{name!r} is {tuple(value.shape)} {value.dtype}, not {want}")
 
 
 def name_of(folder: str | Path) -> str:

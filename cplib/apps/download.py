@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pooch
-import requests
 
 from cplib.datasets import LAYOUT, DataError, as_data_error, categories
 
@@ -56,6 +55,8 @@ def _prepare(folder: Path, part: Path, accept_licence: bool) -> None:
             raise DataError(f"licence not accepted: {LICENCE}; expected yes, or --accept-licence")
     with as_data_error(folder, "a folder that can be made"):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rmdir()  # unpacked beside it, then renamed
         held = part.stat().st_size if part.exists() else 0
         free = (shutil.disk_usage(folder.parent).free + held) / 1e9
     if free < 2 * GIGABYTES:
@@ -71,15 +72,15 @@ def fetch(part: Path) -> None:
                 headers = {"Range": f"bytes={have}-"} if have else {}
                 pooch.HTTPDownloader(progressbar=True, headers=headers)(ADDRESS, file, None)
             break
-        except requests.HTTPError as error:
-            if error.response.status_code == 416 and have:  # nothing beyond what is there
+        except OSError as error:  # all that requests raises, too
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if status == 416 and have:  # nothing beyond what is there
                 break
-            reason = error
-        except (requests.RequestException, OSError) as error:
-            reason = error
-        time.sleep(PAUSE * 2**attempt)
-    else:
-        raise DataError(f"{ADDRESS}: {' '.join(str(reason).split())}; {_by_hand(part)}")
+            gone = status < 500 and status != 429
+            if gone or attempt == ATTEMPTS - 1:
+                reason = " ".join(str(error).split())
+                raise DataError(f"{ADDRESS}: {reason}; {_by_hand(part)}") from None
+            time.sleep(PAUSE * 2**attempt)
     if (found := pooch.file_hash(str(part))) != SHA256:
         part.unlink()
         raise DataError(f"{ADDRESS}: SHA-256 {found}, not {SHA256}. Removed; {_by_hand(part)}")
@@ -99,8 +100,6 @@ def unpack(part: Path, folder: Path) -> None:
             with tarfile.open(part) as tar:
                 tar.extractall(scratch, filter="data")
             categories(scratch)
-            if folder.exists():
-                folder.rmdir()
             scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

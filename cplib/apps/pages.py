@@ -21,7 +21,8 @@ def write_pages(results: Path) -> Path:
     """
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.mathjax_url = exporter.require_js_url = ""
-    notebooks = sorted(results.glob("notebooks/[0-9][0-9]_*[!d].ipynb"))
+    notebooks = sorted(results.glob("notebooks/[0-9][0-9]_*.ipynb"))
+    notebooks = [path for path in notebooks if not path.stem.endswith(".failed")]
     for path in notebooks:
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime_ns < path.stat().st_mtime_ns:

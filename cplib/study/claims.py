@@ -76,20 +76,17 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     categories = sorted({c for row in cells.values() for c in row.index})
     given = {name: pd.Series(level, categories) for name, level in LEVELS.items()}
     cells |= given | {name: printed[name] for name in QUOTED if name in printed}
-    pairs = (
-        list(combinations([name for name in cells if name not in given], 2))
-        if claim.setting
-        else _pairs(claim)
-    )
+    tried = dict.fromkeys([*printed, *(name for name in cells if name not in given)])
+    pairs = list(combinations(tried, 2)) if claim.setting else _pairs(claim)
     found = {pair: gaps for pair in pairs if len(gaps := _gaps(pair, cells))}
     margin = _margin(numbers, claim.setting) if claim.setting else np.nan
     row = {"id": claim.id, "claim": claim.claim, "source": claim.source, "margin": margin}
     row |= {"compared": len(found), "comparisons": len(pairs)}
     row["categories"] = min(map(len, found.values()), default=0)
+    row["paper_effect"] = _printed(pairs, printed, bool(claim.setting))
     if not found:
-        return row | {"verdict": NOT_MEASURED, "paper_effect": _printed(pairs, printed)}
-    row |= _judge(found, margin, complete=len(found) == len(pairs))
-    return row | {"paper_effect": _printed(pairs, printed, bool(claim.setting))}
+        return row | {"verdict": NOT_MEASURED}
+    return row | _judge(found, margin, complete=len(found) == len(pairs))
 
 
 def _pairs(claim) -> list[tuple[str, str]]:
@@ -105,7 +102,11 @@ def _cells(frame: pd.DataFrame, metric: str, column: str, setting: str) -> Cells
         frame = frame[frame["metric"] == metric]
     if setting:
         frame = frame[frame["setting"] == setting]
-    groups = frame.dropna(subset=column).groupby("value" if setting else "method")
+    frame = frame.dropna(subset=column)
+    if "source" in frame:  # of Table 6: only images that every method was tried on
+        methods = frame.groupby("source")["method"].transform("nunique")
+        frame = frame[methods == frame["method"].nunique()]
+    groups = frame.groupby("value" if setting else "method")
     return {name: part.groupby("category")[column].mean() for name, part in groups}
 
 

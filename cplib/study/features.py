@@ -1,7 +1,6 @@
 """What features look like (Fig. 3): projections to the plane, and numbers for what the eye sees."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -117,9 +116,7 @@ def project(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     The same features and seed give the same points. ValueError for fewer than four images.
     """
-    with warnings.catch_warnings():  # umap asks for notebook widgets that it does not need here
-        warnings.simplefilter("ignore")
-        from umap import UMAP  # here: it takes seconds, which a record saves
+    from umap import UMAP  # here: it takes seconds, which a record saves
 
     z = np.concatenate(list(groups.values()))
     n = len(z)

@@ -58,6 +58,7 @@ class Profile:
 
     name: str
     dataset: str
+    small: bool = False  # a notebook may execute what it finds missing: minutes on any machine
     seeds: int  # of cutpaste_3way, the method that the ensemble is made of
     other_seeds: int  # of every other method
     categories: tuple[str, ...] = ()  # empty: the data set's
@@ -69,11 +70,6 @@ class Profile:
     sensitivity: Sensitivity = Sensitivity()
     anomalies: int = 40  # images painted of each kind in Table 6, at least
     cut_short: int = 0  # updates of the paper's schedule that stand beside (notebook 09); 0: none
-
-    @property
-    def small(self) -> bool:
-        """Whether a notebook may execute what it finds missing: minutes on any machine."""
-        return self.dataset == "demo"
 
     def run(self, method: str, category: str, seed: int = 0, **changes) -> Run:
         """One run under this profile's protocol; a baseline keeps only what it depends on."""

@@ -28,7 +28,7 @@ def published(table: str) -> pd.DataFrame:
         raise KeyError(table)
     parts = [pd.read_csv(TABLES[table], dtype={"value": str})] if table in TABLES else []
     found = pd.concat([*parts, text] if len(text) else parts, ignore_index=True)
-    return found.reindex(columns=[*KEYS, *PUBLISHED]).fillna({"setting": "", "value": ""})
+    return with_settings(found)[[*KEYS, *PUBLISHED]]
 
 
 def groups(categories) -> dict[str, list[str]]:
@@ -97,7 +97,7 @@ def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFra
 def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with the columns ``setting`` and ``value``, empty where they have none."""
     missing = {name: "" for name in ROW[1:] if name not in runs}
-    return runs.assign(**missing)
+    return runs.assign(**missing).fillna(dict.fromkeys(ROW[1:], ""))
 
 
 def against_paper(
@@ -161,7 +161,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
 
     The rows of Tables 7 and 8 are named by setting and value.
     """
-    part = with_settings(table[table["metric"] == metric]).fillna({"setting": "", "value": ""})
+    part = with_settings(table[table["metric"] == metric])
     labels = [f"{r.setting} {r.value}" if r.setting else r.method for r in part.itertuples()]
     cells = part.assign(cell=[_cell(row) for row in part.itertuples()], label=labels)
     grid = cells.pivot(index="category", columns="label", values="cell")

@@ -1,0 +1,219 @@
+"""The notebooks: as they are committed, and every one of them executed on the smoke profile."""
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cplib.apps.cli import main
+from cplib.apps.notebooks import NOTEBOOKS, run_notebooks, run_one
+from cplib.apps.workspace import ROOT, open_workspace
+from cplib.run import BASELINES
+from cplib.study.profiles import PROFILES, TABLE1
+from cplib.study.sweep import UsageError
+from cplib.study.tables import FINETUNED, all_runs
+
+PARAMETERS = {"profile", "data", "categories", "device"}
+SOURCES = sorted(NOTEBOOKS.glob("*.ipynb"))
+NAMES = [path.stem for path in SOURCES]
+CONTRACT = "method,category,metric,mean,stderr,seeds,published_mean,published_stderr"
+SMOKE = PROFILES["smoke"]
+
+
+# As they are committed
+
+
+def cells(path, kind="code"):
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_a_notebook_is_short_valid_without_output_and_has_the_parameters(path):
+    nbformat.validate(json.loads(path.read_text()))
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells(path))
+    assert len(nbformat.read(path, 4).cells) <= 30
+    assert max(len(cell.source.splitlines()) for cell in cells(path)) <= 15
+    assert cells(path, "markdown")[0].source.startswith(f"# {path.stem[:2]} ")
+    (tagged,) = [c for c in cells(path) if "parameters" in c.metadata.get("tags", [])]
+    named = set(re.findall(r"^(\w+):", tagged.source, re.MULTILINE))
+    assert named == PARAMETERS or (path.stem[:2] == "12" and named > PARAMETERS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_a_notebook_holds_no_absolute_path(path):
+    source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells)
+    assert re.findall(r"(?<![\w.*}])/(?:home|root|tmp|work|Users|mnt|content|data)\b", source) == []
+    assert re.findall(r"[A-Z]:\\", source) == []
+
+
+def test_a_parameter_that_a_notebook_lacks_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=f"{SOURCES[0].name} has no parameter 'colour'"):
+        run_one(SOURCES[0], tmp_path, {"profile": "", "colour": ""})
+
+
+# The smoke profile, end to end
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, demo_root):
+    """The folder of results after 02 ran, then every other notebook, two at a time."""
+    home = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CPLIB_RESULTS", str(home))
+        patch.setenv("MVTEC_ROOT", "")
+        workspace = open_workspace("smoke", str(demo_root))
+        paths = {path.stem[:2]: path for path in SOURCES}
+        assert run_notebooks(workspace, [paths.pop("02")]) == 0
+        names = os.path.relpath(demo_root, NOTEBOOKS), ",".join(workspace.categories)
+        parameters = dict(zip(("profile", "data", "categories"), ("smoke", *names), strict=True))
+        with ThreadPoolExecutor(2) as pool:
+            done = [*pool.map(lambda p: run_one(p, workspace.results, parameters), paths.values())]
+        assert all(done)
+    return home
+
+
+@pytest.fixture(scope="module")
+def smoke(home):
+    return home / "smoke"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_is_executed_without_a_warning(smoke, name):
+    notebook = nbformat.read(smoke / "notebooks" / f"{name}.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [o for cell in code for o in cell.outputs]
+    assert all(cell.execution_count for cell in code if cell.source)
+    assert [o for o in outputs if o.output_type == "error"] == []
+    assert [o.text for o in outputs if o.get("name") == "stderr"] == []
+    source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert [c.source for c in notebook.cells if c not in injected] == [
+        c.source for c in source.cells
+    ]
+
+
+def test_every_run_of_the_profile_is_there_and_nothing_else(smoke, home, demo_root, monkeypatch):
+    monkeypatch.setenv("CPLIB_RESULTS", str(home))
+    planned = all_runs(open_workspace("smoke", str(demo_root)))
+    own = SMOKE.runs(BASELINES + TABLE1, SMOKE.categories)
+    assert {run.id for run in planned} > {run.id for run in own}
+    assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in planned}
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("table1_image_level", {*BASELINES, *TABLE1, "ensemble"}),
+        ("table2_pixel_level", {"cutpaste_3way_patch", "cutpaste_3way_gradcam"}),
+        ("table3_pretrained_vs_finetuned", {"untrained", *FINETUNED}),
+        ("table4_cutout_variants", {"cutout", "cutout_mean", "cutout_color", "confetti"}),
+        ("table5_binary_vs_3way", {"cutpaste_union", "cutpaste_3way"}),
+    ],
+)
+def test_the_tables_are_measured_in_the_contracts_columns(smoke, name, methods):
+    table = pd.read_csv(smoke / "tables" / f"{name}.csv")
+    assert ",".join(table) == CONTRACT
+    measured = table.dropna(subset="mean")
+    for method in methods:
+        assert set(SMOKE.categories) <= set(measured.loc[measured["method"] == method, "category"])
+    assert measured["mean"].between(0, 100).all()
+    assert table["published_mean"].isna().all()  # the demo set is not the paper's
+
+
+def test_table_1_agrees_with_the_records_of_the_runs(smoke):
+    table = pd.read_csv(smoke / "tables" / "table1_image_level.csv")
+    table = table[table["metric"] == "image_auroc"].set_index(["method", "category"])["mean"]
+    for method in (*BASELINES, *TABLE1):
+        for category in SMOKE.categories:
+            found = SMOKE.runs((method,), (category,))
+            files = [smoke / "runs" / run.id / "metrics.json" for run in found]
+            values = [json.loads(file.read_text())["image_auroc"] for file in files]
+            assert table[method, category] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n[:2] in ("00", "01", "02", "03", "04")])
+def test_the_figures_of_a_notebook_are_there_and_not_blank(smoke, name):
+    figures = sorted((smoke / "figures").glob(f"{name[:2]}_*.png"))
+    assert figures
+    for path in figures:
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 3, path.name
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_failed_notebook_is_named_and_leaves_the_executed_one(
+    smoke, home, demo_root, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("CPLIB_RESULTS", str(home))
+    notebook = nbformat.read(SOURCES[0], 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('out of paint')"))
+    nbformat.write(notebook, tmp_path / SOURCES[0].name)
+    before = (smoke / "notebooks" / SOURCES[0].name).read_bytes()
+    workspace = open_workspace("smoke", str(demo_root))
+    assert run_notebooks(workspace, [tmp_path / SOURCES[0].name]) == 1
+    told = capsys.readouterr().err
+    assert "RuntimeError: out of paint" in told
+    assert f"failed: {SOURCES[0].name}" in told
+    assert (smoke / "notebooks" / SOURCES[0].name).read_bytes() == before
+    assert f"{SOURCES[0].stem}.failed.ipynb" in told
+
+
+def test_a_second_time_nothing_is_trained_and_a_run_can_be_repeated(
+    smoke, home, demo_root, capsys, monkeypatch
+):
+    monkeypatch.setenv("CPLIB_RESULTS", str(home))
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "runs").rglob("*")}
+    options = ["notebooks", "--profile", "smoke", "--data", str(demo_root), "--only", "02"]
+    with pytest.raises(SystemExit) as stop:
+        main(options)
+    assert stop.value.code == 0
+    assert {path: path.stat().st_mtime_ns for path in (smoke / "runs").rglob("*")} == before
+    folder = smoke / "runs" / SMOKE.run("cutpaste_scar", "gear").id
+    with pytest.raises(SystemExit) as stop:
+        main(["rerun", str(folder), "--data", str(demo_root)])
+    assert stop.value.code == 0
+    assert "the same scores, byte for byte" in capsys.readouterr().out
+
+
+def test_localisation_works_on_data_without_masks_or_anomalies(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0)
+    normal = ("train/good", "test/good")
+    for category, folders in {"plain": (*normal, "test/bad"), "sound": normal}.items():
+        for folder in (tmp_path / "data" / category / name for name in folders):
+            folder.mkdir(parents=True)
+            for i in range(4):  # neither square nor as large as a window
+                pixels = noise.integers(90, 160, (24, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path / "results"))
+    workspace = open_workspace("smoke", str(tmp_path / "data"))
+    (path,) = (path for path in SOURCES if path.stem.startswith("04"))
+    assert run_notebooks(workspace, [path]) == 0
+    results = tmp_path / "results" / "smoke-own"
+    table = pd.read_csv(results / "tables" / "table2_pixel_level.csv")
+    assert table["mean"].isna().all()
+    scores = [pd.read_csv(file) for file in results.glob("runs/cutpaste_3way-plain-*/scores.csv")]
+    assert scores
+    assert all(np.isfinite(part["score"]).all() for part in scores)
+
+
+# Those that are committed
+
+
+EXECUTED = sorted((ROOT / "results").glob("*/notebooks/[0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda p: f"{p.parts[-3]}-{p.stem[:2]}")
+def test_an_executed_notebook_has_the_cells_of_its_source(path):
+    executed = [
+        cell.source
+        for cell in nbformat.read(path, 4).cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    assert executed == [cell.source for cell in nbformat.read(NOTEBOOKS / path.name, 4).cells]
+    assert path.stat().st_size < 2**20

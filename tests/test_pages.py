@@ -1,0 +1,107 @@
+"""The pages of a results folder: its README and its notebooks, to be read without a network."""
+
+import json
+import os
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from cplib.apps import pages
+from cplib.apps.pages import fill_readme, write_pages
+from cplib.study.claims import save_claims, verdicts
+from cplib.study.profiles import PROFILES
+from cplib.study.published import against_paper, save_table
+from cplib.study.store import Places
+from cplib.study.sweep import Workspace
+from cplib.study.tables import TABLES
+
+T1, T2 = "table1_image_level", "table2_pixel_level"
+NOTEBOOKS = ("03_image_level_table", "05_pretrained_vs_finetuned")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The folder of a profile: two tables, claims, a figure, and notebooks, one of which failed."""
+    folder = tmp_path / "results" / "quick"
+    workspace = Workspace(PROFILES["quick"], ("bottle",), Places(folder))
+    for name, method, value in ((T1, "cutpaste", 91.04), (T2, "cutpaste_3way_patch", 77.77)):
+        metric = name[7:12] + "_auroc"
+        row = {"method": method, "category": "bottle", "seed": 0, metric: value}
+        options = {"rows": [(method, "", "")], "metrics": (metric,)}
+        table = against_paper(pd.DataFrame([row]), name, **options)
+        save_table(table, folder, name, "Measured once.")
+    save_claims(verdicts({}), workspace)
+    for name in ("figures", "notebooks"):
+        (folder / name).mkdir()
+    (folder / "figures" / "03_curve.png").write_bytes(b"")
+    (folder / "minutes.json").write_text(json.dumps({NOTEBOOKS[0]: 1.5}))
+    output = new_output("execute_result", {"text/html": "<table><td>91</td></table>"})
+    cells = [new_markdown_cell("# A title, $a^2$"), new_code_cell("table", outputs=[output])]
+    for name in (*NOTEBOOKS, "04_pixel_level_table.failed"):
+        nbformat.write(new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
+    return folder
+
+
+def test_the_readme_names_every_table_notebook_and_figure_measured_or_not(results):
+    text = write_pages(results).read_text()
+    assert text.startswith("# Profile quick\n")
+    for name in ("claims", *TABLES):
+        title = f"## {name.replace('_', ' ').capitalize()}\n"
+        part = text.split(title)[1].split("\n## ")[0]
+        assert ("Not measured." in part) == (name not in ("claims", T1, T2)), name
+    assert "91.0 (99.2±0.2)" in text  # CutPaste's bottle
+    for name in NOTEBOOKS:
+        assert f"- [{name}](notebooks/{name}.ipynb) ([page](notebooks/{name}.html))" in text
+    assert "04_pixel" not in text  # failed
+    assert "![03_curve](figures/03_curve.png)" in text
+    (results / "empty").mkdir()
+    assert write_pages(results / "empty").read_text().count("Not measured.") == 1 + len(TABLES)
+
+
+def test_every_notebook_has_a_page_that_opens_without_a_network(results):
+    write_pages(results)
+    assert {path.stem for path in results.glob("notebooks/*.html")} == set(NOTEBOOKS)
+    for path in results.glob("notebooks/*.html"):
+        page = BeautifulSoup(path.read_text(), "html.parser")
+        asked = page.head.select("script[src], link[href], img[src]")
+        assert not [tag for tag in asked if "//" in (tag.get("src") or tag.get("href") or "")]
+        styles = " ".join(tag.get_text() for tag in page.select("style"))
+        assert not [part for part in styles.split("url(")[1:] if part.lstrip("\"'")[:4] == "http"]
+        assert "@import" not in styles
+        assert page.select_one("h1").get_text().startswith("A title")
+        assert page.select_one("td").get_text() == "91"
+
+
+def test_a_page_is_made_again_only_when_its_notebook_is_newer(results):
+    write_pages(results)
+    notebook = results / "notebooks" / f"{NOTEBOOKS[0]}.ipynb"
+    page = notebook.with_suffix(".html")
+    page.write_text("kept")
+    write_pages(results)
+    assert page.read_text() == "kept"
+    os.utime(notebook, ns=(page.stat().st_mtime_ns + 1,) * 2)
+    write_pages(results)
+    assert "A title" in page.read_text()
+
+
+def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "results" / "demo").symlink_to(results)
+    (tmp_path / "notebooks").symlink_to(results / "notebooks")
+    names = ("table1", "table2", "claims", "minutes")
+    parts = [f"<!-- {name} begin -->\nold\n<!-- {name} end -->\n" for name in names]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "between\n".join(parts) + "after\n")
+    fill_readme()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    image, pixel, claims, minutes = (text.split(f"<!-- {name} ")[1] for name in names)
+    assert "| image AUROC, % | bottle | average all | average measured |" in image
+    assert "| CutPaste | 91.0 (99.2±0.2) | (90.9±0.7) | 91.0 (99.2±0.2) |" in image
+    assert "| pixel AUROC, % |" in pixel and "77.8 (" in pixel
+    assert "| quick | 0 | 0 | 0 | 25 |" in claims
+    name = NOTEBOOKS[0]
+    assert f"| [{name}](results/demo/notebooks/{name}.ipynb) | title, $a^2$ | 1.5 |" in minutes

@@ -1,0 +1,238 @@
+"""The tables of the study: what is planned, measured after training, and written."""
+
+import json
+from dataclasses import asdict, replace
+
+import pandas as pd
+import pytest
+
+from cplib import datasets
+from cplib.metrics import auroc_between
+from cplib.run import Run
+from cplib.score import Scorer
+from cplib.study import tables
+from cplib.study.profiles import METHOD, PROFILES
+from cplib.study.published import ROW, published
+from cplib.study.store import RECORD_VERSION, Places, load_network, run_folder
+from cplib.study.sweep import Workspace, execute
+from cplib.study.synthetic import SYNTHETIC, paint
+from cplib.study.tables import AXES, TABLES, all_runs, compare, curves, planned, settings, values_of
+
+PAPER, QUICK = PROFILES["paper"], PROFILES["quick"]
+STUDIES = list(AXES)[:2]  # Tables 7 and 8
+CONTRACT = ["category", "metric", "mean", "stderr", "seeds", "published_mean", "published_stderr"]
+
+
+def workspace_of(name, results, *categories, seeds=None):
+    profile = PROFILES[name]
+    return Workspace(profile, categories or profile.categories, Places(results), seeds)
+
+
+def record(results, run, auroc=90.0, curve=None):
+    """Write the folder of a made-up finished run; ``curve`` is {update: AUROC noted}."""
+    folder = run_folder(run, results)
+    folder.mkdir(parents=True)
+    head = {"version": RECORD_VERSION, "run": asdict(run), "threads": 1, "weights": None}
+    head |= {"data": {"train": "", "test": ""}, "device": "made up", "precision": "fp32"}
+    head |= {"train_seconds": 1.0, "images_per_second": 1.0}
+    (folder / "run.json").write_text(json.dumps(head))
+    (folder / "metrics.json").write_text(json.dumps({"image_auroc": auroc}))
+    history = pd.DataFrame({"update": sorted({1, *(curve or {})})})
+    history["seconds"] = 60.0 * history["update"]
+    history["image_auroc"] = history["update"].map(curve or {}).astype(float)
+    history.to_csv(folder / "history.csv", index=False)
+
+
+# What is planned
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_papers_profile_has_the_papers_rows_of_five_seeds_and_every_category(tmp_path, name):
+    rows = published(name).query("category == 'average_all'")[ROW]
+    assert {tuple(row) for row in settings(PAPER, name)} == {*map(tuple, rows.to_numpy())}
+    plan = TABLES[name].plan(workspace_of("paper", tmp_path))
+    cells = {(tuple(row), run.category, run.seed) for row, run in plan}
+    assert len(cells) == len(plan) == len(rows) * 15 * 5
+
+
+def test_values_are_multiples_of_the_protocols_own_where_they_are_relative():
+    first, second = (settings(QUICK, name) for name in STUDIES)
+    own = QUICK.run(METHOD, "screw")
+    assert first[METHOD, "updates", "1.5"] == {"updates": 1.5 * own.updates}
+    assert first[METHOD, "learning_rate", "0.333"] == {"learning_rate": pytest.approx(0.000167)}
+    assert settings(PAPER, STUDIES[0])[METHOD, "learning_rate", "3.33"] == {"learning_rate": 0.1}
+    assert second[METHOD, "patch_jitter", "0.3"] == {"patch_jitter": 0.3}
+    assert second[METHOD, "max_area", "0.2"] == {"area": (0.02, 0.2)}
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("smoke", 5), ("demo", 14), ("quick", 28)])
+def test_the_run_that_changes_nothing_is_shared_and_comes_first(tmp_path, name, fewest):
+    workspace = workspace_of(name, tmp_path)
+    study = workspace.profile.sensitivity
+    bases = workspace.profile.runs((METHOD,), study.categories, study.seeds, **study.protocol)
+    runs = [planned(workspace, table) for table in STUDIES]
+    assert len({run.id for each in runs for run in each}) == fewest
+    for table, each in zip(STUDIES, runs, strict=True):
+        assert each[: len(bases)] == bases
+        plan = TABLES[table].plan(workspace)
+        assert len([run for _, run in plan if run in bases]) == 2 * len(bases)  # on both axes
+        assert not any(run.curve for run in each[len(bases) :])
+    if not study.protocol:  # then they are Table 1's
+        assert set(bases) <= set(planned(workspace, "table1_image_level"))
+    everything = all_runs(workspace)
+    assert len({run.id for run in everything}) == len(everything)
+    assert {run for table in TABLES for run in planned(workspace, table)} <= set(everything)
+
+
+def test_a_study_takes_the_categories_at_hand_that_it_names_else_the_first(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "tile", "screw", seeds=2)
+    for name in AXES:
+        cells = {(run.category, run.seed) for run in planned(workspace, name)}
+        assert cells == {("screw", 0), ("screw", 1)}
+    workspace = workspace_of("quick", tmp_path, "wood", "tile")
+    assert {run.category for run in planned(workspace, STUDIES[0])} == {"wood"}
+
+
+def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path):
+    workspace = workspace_of("quick", tmp_path)
+    plan = TABLES["unstated_choices"].plan(workspace)
+    table1 = set(planned(workspace, "table1_image_level"))
+    assert {tuple(row)[1:] for row, run in plan if run in table1} == {
+        ("head", "512-128"),
+        ("translate", "0.125"),
+        ("jitter", "0.1-0.1-0.1-0"),
+    }
+    assert {row.value for row, _ in plan if row.setting == "head"} >= {"linear", "8x512-128"}
+    assert {run.category for _, run in plan} == {"screw", "transistor"}
+    assert {run.seed for _, run in plan} == {0, 1, 2}
+
+
+# What is written
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Made-up finished runs: AUROC 80 for what changes nothing, one more for each further row."""
+    workspace = workspace_of("quick", tmp_path, "screw", "transistor")
+    for name in AXES:
+        for i, run in enumerate(planned(workspace, name)):
+            if not run_folder(run, tmp_path).exists():
+                record(tmp_path, run, 80 + i // 2)
+    return workspace
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, name):
+    tidy = compare(quick, name, values_of(quick, name))
+    file = quick.results / "tables" / f"{name}.csv"
+    assert list(tidy) == list(pd.read_csv(file)) == [*ROW, *CONTRACT]
+    theirs = published(name).set_index([*ROW, "category"])["published_mean"]
+    kept = tidy.dropna(subset="published_mean").set_index([*ROW, "category"])
+    assert kept["published_mean"].to_dict() == theirs.to_dict()
+    assert kept["mean"].isna().all()  # two categories are no average over the paper's groups
+    ours = tidy.dropna(subset="mean")
+    assert {*map(tuple, ours[ROW].to_numpy())} == {tuple(row) for row in settings(QUICK, name)}
+    assert set(ours["category"]) == {"screw", "transistor", "average_measured"}
+    first = set(zip(ours["setting"], ours["value"], ours["mean"], strict=True))
+    unchanged = {"learning_rate": "1", "updates": "1", "patch_jitter": "0.1", "max_area": "0.15"}
+    assert {(axis, unchanged[axis], 80) for axis in AXES[name]} <= first  # the shared runs
+    line = file.with_suffix(".md").read_text().splitlines()[0]
+    assert "Profile quick: resnet18, 256 px, training on 64-px crops" in line
+    assert "640 updates of 16 normal images and their copies" in line
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_unstated_choices_make_a_table_without_the_papers_numbers(quick):
+    name = "unstated_choices"
+    tidy = compare(quick, name, values_of(quick, name))
+    assert list(dict.fromkeys(map(tuple, tidy[ROW].to_numpy()))) == list(settings(QUICK, name))
+    assert tidy["published_mean"].isna().all() and tidy["mean"].notna().all()
+    assert "paper" not in (quick.results / "tables" / f"{name}.md").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_table_can_be_written_before_anything_is_measured(tmp_path):
+    for name in TABLES:
+        for profile in ("quick", "demo"):
+            workspace = workspace_of(profile, tmp_path / profile)
+            tidy = compare(workspace, name, values_of(workspace, name))
+            assert tidy["mean"].isna().all()
+            beside = profile == "quick" and name != "unstated_choices"
+            assert tidy["published_mean"].notna().any() == beside
+
+
+# After training
+
+
+@pytest.fixture(scope="module")
+def done(demo_root, tmp_path_factory):
+    """A finished run on the demo set, and its places."""
+    run = PROFILES["smoke"].run("untrained", "gear")
+    places = Places(tmp_path_factory.mktemp("results"), demo_root)
+    execute(run, places)
+    return run, places
+
+
+def test_table_6_records_the_auroc_of_normal_images_against_painted_ones(done):
+    run, places = done
+    found = tables.synthetic_metrics(run, 5, places)
+    assert list(found["image_auroc"]) == list(SYNTHETIC)
+    assert (found["normal"], found["painted"]) == (4, 8)
+    train, test = (datasets.load(places.data, "gear", split, 64) for split in ("train", "test"))
+    normal = test.pixels[test.labels == 0]
+    scorer = Scorer.fit(run, load_network(run, places), train.pixels)
+    for kind in ("digit_color", "ellipse_natural"):
+        painted = scorer.score(paint(normal, *kind.split("_"), least=5)[0])
+        expected = auroc_between(scorer.score(normal), painted)
+        assert found["image_auroc"][kind] == pytest.approx(expected, abs=0.01)
+    assert tables.synthetic_metrics(run, 5, places._replace(data=None)) == found  # read again
+    assert tables.synthetic_metrics(run, 6, places._replace(data=None)) is None
+
+
+def test_table_6_is_made_of_the_finished_runs_and_says_how_it_was_painted(done):
+    run, places = done
+    workspace = Workspace(replace(PROFILES["smoke"], anomalies=9), ("gear",), places)
+    values = values_of(workspace, "table6_synthetic_anomalies")
+    assert values["category"].tolist() == list(SYNTHETIC)
+    tidy = compare(workspace, "table6_synthetic_anomalies", values)
+    assert list(tidy["category"]) == [*SYNTHETIC, "average_all"]
+    assert tidy["published_mean"].isna().all()
+    assert tidy["mean"].iloc[-1] == pytest.approx(values["image_auroc"].mean())
+    text = (places.results / "tables" / "table6_synthetic_anomalies.md").read_text()
+    assert "10% to 30% of a side" in text.splitlines()[0]
+
+
+def test_an_ensemble_is_the_auroc_of_the_seeds_mean_scores(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "screw")
+    scores = {0: [0.0, 2.0, 1.0, 4.0], 1: [3.0, 0.0, 2.9, 0.5]}  # means: 1.5, 1, 1.95, 2.25
+    for seed, values in scores.items():
+        run = QUICK.run(METHOD, "screw", seed)
+        record(tmp_path, run)
+        rows = pd.DataFrame({"file": list("abcd"), "kind": "x", "label": [0, 0, 1, 1]})
+        rows = rows.assign(score=values).iloc[:: -1 if seed else 1]  # in another order
+        rows.to_csv(run_folder(run, tmp_path) / "scores.csv", index=False)
+    found = values_of(workspace, "table1_image_level").set_index("method").loc["ensemble"]
+    assert (found["image_auroc"], found["members"], found["category"]) == (100, 2, "screw")
+
+
+# The schedules
+
+
+def test_curves_are_those_of_the_profiles_runs_and_the_papers_schedule_cut_short(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "screw", "tile")
+    assert curves(workspace).empty
+    own, (cut, _) = QUICK.run(METHOD, "screw", 1), QUICK.short_paper_runs(workspace.categories)
+    assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
+    record(tmp_path, own, curve={320: 80, 640: 82})
+    record(tmp_path, cut, curve={25: 55, 100: 60})
+    record(tmp_path, replace(own, category="wood"), curve={80: 99})
+    record(tmp_path, replace(own, updates=10), curve={5: 99})
+    found = curves(workspace)
+    assert found.groupby("schedule")["update"].apply(list).to_dict() == {
+        "AdamW 0.0005, 64-px crops, 640 updates": [320, 640],
+        "SGD 0.03, 256 px, 100 updates": [25, 100],
+    }
+    assert found["auroc"].tolist() == [80, 82, 55, 60]
+    assert found["minutes"].tolist() == found["update"].tolist()
+    assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0]
