@@ -77,7 +77,7 @@ def test_dense_scoring_is_timed_against_equal_scores(demo_root, tmp_path, window
     rows = {what: row["value"] for what, row in json.loads(file.read_text())["rows"].items()}
     assert [cell[0] for cell in cells(done.stdout)[2:]] == list(rows)
     assert rows["difference of the scores"] < 1e-2
-    shares = ("features of windows", "heat maps", "Gaussians and scores")
+    shares = ("features of windows", "anomaly maps", "Gaussians and scores")
     assert sum(rows[f"... {share}"] for share in shares) == pytest.approx(100)
     assert rows["our way"] > 0
 

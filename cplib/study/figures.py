@@ -60,7 +60,7 @@ def save_figure(fig: Figure, results: str | Path, name: str) -> Path:
 
 
 def overlay(image, heat, limits: tuple[float, float], strength: float = 0.6):
-    """A image (3, H, W), uint8, with its heat map (H, W) laid over it: (H, W, 3) in [0, 1].
+    """An image (3, H, W), uint8, with its anomaly map (H, W) laid over it: (H, W, 3) in [0, 1].
 
     ``limits`` are the scores shown as cold and hot; where it is cold the image stays as it is.
     """
@@ -75,7 +75,7 @@ def image_grid(
 ) -> Figure:
     """Images in labelled rows; each is (3, H, W), (H, W, 3) or (H, W), uint8 or in [0, 1].
 
-    ``titles`` stand above the columns; ``side`` is a image's width in inches.
+    ``titles`` stand above the columns; ``side`` is an image's width in inches.
     """
     columns = max(map(len, rows.values()))
     size = (side * columns + 0.8, side * len(rows) + (0.3 if titles else 0))
