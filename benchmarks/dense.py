@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from cplib import datasets, localize
 from cplib.model import PretextNet, build
 from cplib.run import Run
-from cplib.score import Scorer, upsample_places
+from cplib.score import Scorer, upsample_scores
 
 from timing import Row, Seconds, finish, options, peak_memory, report, seconds_of
 
 
 @torch.inference_mode()
 def plain(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
-    """Scores (N, P) as ``Scorer.places`` gives them, the straightforward way."""
+    """Scores (N, P) as ``Scorer.position_scores`` gives them, the straightforward way."""
     z, z_test = (_plain_features(run, net, part) for part in (normal, pixels))
     if not run.per_position:
         flat = z.flatten(0, 1).double()
@@ -62,7 +62,7 @@ def _distance(centred: Tensor, precision: Tensor) -> Tensor:
 
 def ours(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor) -> Tensor:
     """The project's own way."""
-    return Scorer.fit(run, net, normal).places(pixels)
+    return Scorer.fit(run, net, normal).position_scores(pixels)
 
 
 def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: str) -> list[Row]:
@@ -85,7 +85,7 @@ def stages(run: Run, net: PretextNet, normal: Tensor, pixels: Tensor, device: st
     with mock.patch.object(localize, "_encode", clocked):
         scores = ours(run, net, normal, pixels)
     scored = time.perf_counter()
-    upsample_places(run, scores, pixels.shape[2:])
+    upsample_scores(run, scores, pixels.shape[2:])
     whole = time.perf_counter() - began
     shares = {"features of windows": sum(spent), "anomaly maps": whole - (scored - began)}
     shares["Gaussians and scores"] = whole - sum(shares.values())

@@ -186,8 +186,12 @@ def cutout(
     target, inside = _placed(x, height, width, area[1], generator)
     if fill == "color":
         colour = _colour(x, generator)
+    elif fill == "mean":
+        colour = x.mean((2, 3))[..., None]
+    elif fill == "grey":
+        colour = x.new_full((1, 1, 1), 0.5)
     else:
-        colour = x.mean((2, 3))[..., None] if fill == "mean" else x.new_full((1, 1, 1), 0.5)
+        raise ValueError(f"unknown fill {fill!r}: one of grey, mean, color")
     return _write(x, target, inside, colour)
 
 

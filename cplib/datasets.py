@@ -207,8 +207,10 @@ def _folder_files(root: Path, category: str, split: str) -> tuple[list[Item], bo
     kinds.sort(key=lambda path: (path.name != normal, path.name))
     items = []
     for kind in kinds:
-        found = _anomalous_items(folder, kind, masked)
-        items += _normal_items(kind) if kind.name == normal else found
+        if kind.name == normal:
+            items += _normal_items(kind)
+        else:
+            items += _anomalous_items(folder, kind, masked)
     if not items:
         empty = kinds[0] if split == "train" else top
         raise DataError(f"{empty}: no images in this folder; expected {LAYOUT}")
@@ -319,7 +321,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def left_out(folder: str | Path) -> str:
-    """A line on the files below `folder` that `images` leaves out by their names, or ""."""
+    """A line on the files below `folder` that `image_files` leaves out by their names, or ""."""
     ours = _suffixes()
     ends = [path.suffix.lower() for path in _files(Path(folder).expanduser())]
     ends = [end for end in ends if end not in ours]

@@ -99,7 +99,7 @@ def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian], *, folds: int = 5) ->
 
 
 @dataclass(frozen=True)
-class PlaceGaussians:
+class PositionGaussians:
     """One Gaussian for each place (A.5), kept as the features z (N, P, D) that they are fitted to.
 
     D x D factors of every place would take more memory than the features, and no less time.

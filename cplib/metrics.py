@@ -42,7 +42,8 @@ def f1_max(labels, scores) -> tuple[float, float]:
 def pixel_metrics(masks, maps) -> dict[str, float | None]:
     """AUROC and average precision of all pixels, and AUPRO up to 30 % and 5 % false positives.
 
-    ``masks`` (N, H, W) are True on anomalies, ``maps`` (N, H, W) higher where more anomalous. Each is None without masks, or where no pixel is anomalous or none is normal.
+    ``masks`` (N, H, W) are True on anomalies, ``maps`` (N, H, W) higher where more anomalous. In
+    percent; None without masks, or where no pixel is anomalous or none is normal.
     """
     if masks is None or len(np.unique(masks)) < 2:
         return dict.fromkeys(PIXEL_METRICS)

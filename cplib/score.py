@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cplib.density import Gaussian, PlaceGaussians, l2_normalise, moments
+from cplib.density import Gaussian, PositionGaussians, l2_normalise, moments
 from cplib.localize import gradcam, positions, upsample, window_features
 from cplib.model import PretextNet, embed
 from cplib.run import Run
@@ -22,26 +22,26 @@ class Scorer:
 
     run: Run
     net: PretextNet
-    density: Gaussian | PlaceGaussians
+    density: Gaussian | PositionGaussians
     level: int = 0
 
     @classmethod
     def fit(cls, run: Run, net: PretextNet, normal: Tensor, *, level: int = 0) -> "Scorer":
         """Fit to ``normal`` images, uint8 (N, 3, H, W); ``level`` of an EfficientNet as in 4.3."""
-        if by_place(run) or not run.window:
+        if by_position(run) or not run.window:
             density = fit_density(run, features(run, net, normal, level=level))
         else:  # never all of them in memory
             chunks = (features(run, net, part).flatten(0, 1) for part in normal.split(CHUNK))
             density = Gaussian.from_moments(*moments(chunks), reg_covar=run.reg_covar)
         return cls(run, net, density, level)
 
-    def places(self, pixels: Tensor) -> Tensor:
+    def position_scores(self, pixels: Tensor) -> Tensor:
         """Anomaly scores (N, P), float64, of every place of uint8 images (N, 3, H, W)."""
         if not len(pixels):
             return torch.empty(0, 1, dtype=torch.float64)
-        whole = by_place(self.run) or not self.run.window
+        whole = by_position(self.run) or not self.run.window
         parts = [pixels] if whole else pixels.split(CHUNK)
-        return torch.cat([place_scores(self.density, self.features(part)) for part in parts])
+        return torch.cat([score_features(self.density, self.features(part)) for part in parts])
 
     def features(self, pixels: Tensor) -> Tensor:
         """Features (N, P, D) of uint8 images (N, 3, H, W), as they are scored."""
@@ -49,7 +49,7 @@ class Scorer:
 
     def score(self, pixels: Tensor) -> Tensor:
         """Anomaly scores (N,) of uint8 images (N, 3, H, W): the higher, the more anomalous."""
-        return self.places(pixels).amax(1)
+        return self.position_scores(pixels).amax(1)
 
     def maps(self, pixels: Tensor) -> Tensor:
         """Anomaly maps (N, H, W): of the windows' scores (A.5), else GradCAM (4.2).
@@ -57,13 +57,13 @@ class Scorer:
         ValueError for an image-level run that GradCAM has no answer for: one without training.
         """
         if self.run.window:
-            return upsample_places(self.run, self.places(pixels), pixels.shape[2:])
+            return upsample_scores(self.run, self.position_scores(pixels), pixels.shape[2:])
         if not self.run.needs_training or not hasattr(self.net.encoder, "layer4"):
             raise ValueError("no anomaly maps without windows: GradCAM needs a trained ResNet")
         return gradcam(self.net, pixels)
 
 
-def by_place(run: Run) -> bool:
+def by_position(run: Run) -> bool:
     """Whether each place of an image has its own Gaussian (A.5)."""
     return bool(run.window) and run.per_position
 
@@ -77,21 +77,21 @@ def features(run: Run, net: PretextNet, pixels: Tensor, *, level: int = 0) -> Te
     return l2_normalise(z) if run.l2_normalise else z
 
 
-def fit_density(run: Run, z: Tensor) -> Gaussian | PlaceGaussians:
+def fit_density(run: Run, z: Tensor) -> Gaussian | PositionGaussians:
     """The density of features z (N, P, D): one Gaussian for each place, or one for all (A.5)."""
-    if by_place(run):
-        return PlaceGaussians(z, run.reg_covar)
+    if by_position(run):
+        return PositionGaussians(z, run.reg_covar)
     return Gaussian.fit(z.flatten(0, 1), reg_covar=run.reg_covar)
 
 
-def place_scores(density: Gaussian | PlaceGaussians, z: Tensor) -> Tensor:
+def score_features(density: Gaussian | PositionGaussians, z: Tensor) -> Tensor:
     """Scores (N, P) of features z (N, P, D)."""
-    if isinstance(density, PlaceGaussians):
+    if isinstance(density, PositionGaussians):
         return density.score(z)
     return density.score(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
-def upsample_places(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample_scores(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Window scores (N, P) as anomaly maps (N, H, W) of images of that ``size`` (A.5)."""
     maps = scores.float().unflatten(1, positions(*size, run.window, run.stride))
     return upsample(maps, size, window=run.window, stride=run.stride, std=run.heat_std)

@@ -13,7 +13,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture
 
 from cplib import datasets
-from cplib.density import Gaussian, PlaceGaussians, held_out, l2_normalise, moments
+from cplib.density import Gaussian, PositionGaussians, held_out, l2_normalise, moments
 from cplib.model import PretextNet, embed
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "mvtec256"
@@ -150,7 +150,7 @@ def test_sums_of_chunks_give_the_gaussian_of_the_whole():
 
 def test_every_place_has_the_gaussian_of_its_own_features():
     z, test = _random(9, 40, 5), _random(3, 40, 5, seed=1)
-    scores = PlaceGaussians(z, 1e-3).score(test)
+    scores = PositionGaussians(z, 1e-3).score(test)
     assert scores.shape == (3, 40)
     for place in (0, 17, 39):
         alone = Gaussian.fit(z[:, place], reg_covar=1e-3).score(test[:, place])

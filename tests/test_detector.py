@@ -23,7 +23,7 @@ from cplib.apps.detector import RECORD, TENSORS, Detector, choose_threshold, fit
 from cplib.apps.notebooks import NOTEBOOKS, run_one
 from cplib.density import Gaussian
 from cplib.run import Run
-from cplib.score import fit_density, place_scores
+from cplib.score import fit_density, score_features
 from cplib.study.store import Places
 from cplib.study.sweep import assess
 
@@ -144,7 +144,7 @@ def test_the_quantile_gives_about_the_false_alarms_asked_for():
         z, new = (torch.randn(n, 1, 6, generator=generator) for n in (150, 2000))
         normal = module.cross_validated(IMAGE, z, 5)
         threshold, chosen = choose_threshold(normal, normal[:0], 0.9)
-        rates.append((place_scores(fit_density(IMAGE, z), new) >= threshold).double().mean())
+        rates.append((score_features(fit_density(IMAGE, z), new) >= threshold).double().mean())
         assert "90 % quantile" in chosen
     assert np.mean(rates) == pytest.approx(0.1, abs=0.02)
 

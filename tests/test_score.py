@@ -57,7 +57,7 @@ def test_image_level_scores_are_scikit_learns(net, l2):
 @pytest.mark.parametrize("gaussians", ["shared", "position"])
 def test_window_scores_are_scikit_learns_at_every_place(net, gaussians):
     normal, images = noise(5, 48, 56), noise(2, 48, 56, seed=1)
-    scores = Scorer.fit(windows(gaussians), net, normal).places(images)
+    scores = Scorer.fit(windows(gaussians), net, normal).position_scores(images)
     z, z_test = (
         window_features(net, x, window=32, stride=8).flatten(1, 2).double().numpy()
         for x in (normal, images)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cplib import datasets
 from cplib.datasets import atomic
-from cplib.density import Gaussian, PlaceGaussians, moments
+from cplib.density import Gaussian, PositionGaussians, moments
 from cplib.localize import positions
 from cplib.metrics import f1_max
 from cplib.model import PretextNet, build
 from cplib.run import Run
-from cplib.score import CHUNK, Scorer, by_place, fit_density, place_scores
+from cplib.score import CHUNK, Scorer, by_position, fit_density, score_features
 from cplib.study.store import BROKEN, Places, one_line, write_json
 from cplib.train import fit, precision
 
@@ -118,10 +118,10 @@ class Detector:
         normal, anomalous = tensors.pop("normal"), tensors.pop("anomalous")
         # Copies, laid out as they were fitted: the last digits of matrix products depend on it.
         density = {k.removeprefix("density."): v.clone() for k, v in tensors.items()}
-        if not by_place(run):
+        if not by_position(run):
             density["factor"] = factor.mT.contiguous().mT  # by columns, as Cholesky leaves it
-        kind = PlaceGaussians if by_place(run) else Gaussian
-        options = {"reg_covar": run.reg_covar} if by_place(run) else {}
+        kind = PositionGaussians if by_position(run) else Gaussian
+        options = {"reg_covar": run.reg_covar} if by_position(run) else {}
         scorer = Scorer(run, net, kind(**density, **options))
         return cls(
             scorer, record["threshold"], record["chosen"], normal, anomalous, record["images"]
@@ -175,7 +175,7 @@ def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str
     width, shape = net.head[0].in_features, (1, 1)
     if run.window:
         shape = positions(run.size, run.size, run.window, run.stride)
-    if by_place(run):
+    if by_position(run):
         found["density.z"] = torch.empty(lengths["normal"], math.prod(shape), width)
     else:
         found["density.mean"] = torch.empty(width, dtype=torch.float64)
@@ -220,8 +220,8 @@ def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
     64 gears is a fifth higher with five folds than with 64.
     """
     n = len(z)
-    folds = min(n, folds or (10 if by_place(run) else n))
-    whole = None if by_place(run) else moments(z)
+    folds = min(n, folds or (10 if by_position(run) else n))
+    whole = None if by_position(run) else moments(z)
     scores = torch.empty(n, dtype=torch.float64)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(run.seed))
     for fold in order.tensor_split(folds):
@@ -230,7 +230,7 @@ def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
             density = Gaussian.from_moments(*others, reg_covar=run.reg_covar)
         else:
             density = fit_density(run, z[order[~torch.isin(order, fold)]])
-        scores[fold] = place_scores(density, z[fold]).amax(1)
+        scores[fold] = score_features(density, z[fold]).amax(1)
     return scores
 
 

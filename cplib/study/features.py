@@ -20,7 +20,7 @@ from cplib.datasets import Images
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet
 from cplib.run import BASELINES, Run
-from cplib.score import Scorer, place_scores
+from cplib.score import Scorer, score_features
 from cplib.study.store import Places, cached
 from cplib.train import augmentation_kwargs
 
@@ -51,7 +51,7 @@ def record(run: Run, places: Places) -> dict | None:
             scorer = Scorer.fit(run, net, train.pixels)
             groups = image_groups(run, test)
             z = scorer.features(torch.cat(groups))
-            scores = place_scores(scorer.density, z)[:, 0]
+            scores = score_features(scorer.density, z)[:, 0]
             return describe(z[:, 0].split([len(g) for g in groups]), scores.numpy())
 
     return cached(run, "features", compute, places)

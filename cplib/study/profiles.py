@@ -95,6 +95,8 @@ class Profile:
             reg_covar=run.reg_covar,
             window=run.window,
             stride=run.stride,
+            gaussians=run.gaussians,
+            heat_std=run.heat_std,
         )
         if method == "pretrained":
             backbone = changes.get("backbone", self.pretrained_backbone)

@@ -108,7 +108,7 @@ def against_paper(
     metrics: tuple[str, ...] = ("image_auroc",),
     paper: bool = True,
 ) -> pd.DataFrame:
-    """Our runs beside the paper's table: the contract's tidy columns, in percent.
+    """Our runs beside the paper's table: tidy columns (COLUMNS), in percent.
 
     Every row (ROW) stands in every category that was measured or published; what was not is empty.
     Without ``paper`` there are our numbers alone: a table of our own, or another data set.

@@ -20,7 +20,7 @@ from cplib import datasets
 from cplib.metrics import image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, build
 from cplib.run import Run
-from cplib.score import Scorer, upsample_places
+from cplib.score import Scorer, upsample_scores
 from cplib.study import store
 from cplib.study.profiles import Profile
 from cplib.study.store import PEAK, Places, checkpoint_file, collect, run_folder
@@ -137,11 +137,11 @@ def assess(
 ) -> tuple[torch.Tensor, dict]:
     """Scores (N,) of the test images, and the run's metrics."""
     scorer = Scorer.fit(run, net, train.pixels)
-    places = scorer.places(test.pixels)
-    scores = places.amax(1)
+    local = scorer.position_scores(test.pixels)
+    scores = local.amax(1)
     metrics = image_metrics(test.labels, scores)
     if run.window:
-        maps = upsample_places(run, places, test.pixels.shape[2:])
+        maps = upsample_scores(run, local, test.pixels.shape[2:])
         metrics |= pixel_level_metrics(run, test, maps)
     return scores, metrics
 

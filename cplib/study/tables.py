@@ -107,7 +107,7 @@ def complete(workspace: Workspace, runs: list[Run], notebook: str) -> None:
 
 
 def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
-    """The table in the contract's tidy columns, the paper's numbers beside; saved, too."""
+    """The tidy table (``published.COLUMNS``), ours beside the paper's; saved, too."""
     table = TABLES[name]
     paper = datasets.DATASETS[workspace.profile.dataset].published and name != "unstated_choices"
     rows = [tuple(row) for row in table.rows(workspace.profile)]
