@@ -163,9 +163,9 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """
     part = with_settings(table[table["metric"] == metric])
     labels = [f"{r.setting} {r.value}" if r.setting else r.method for r in part.itertuples()]
-    cells = part.assign(cell=[_cell(row) for row in part.itertuples()], label=labels)
-    grid = cells.pivot(index="category", columns="label", values="cell")
-    rows, columns = in_order(part["category"]), cells["label"].unique()
+    cells = part.assign(cell=[_cell(row) for row in part.itertuples()], method=labels)
+    grid = cells.pivot(index="category", columns="method", values="cell")
+    rows, columns = in_order(part["category"]), cells["method"].unique()
     return grid.reindex(index=rows, columns=columns).fillna("")
 
 
