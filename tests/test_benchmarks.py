@@ -97,7 +97,7 @@ def per_picture(monkeypatch):
     import torch
     from train import PerPicture
 
-    from cplib.config import Run
+    from cplib.run import Run
 
     torch.manual_seed(0)
     run = Run(method="cutpaste_3way", category="x", size=128)
