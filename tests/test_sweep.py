@@ -40,7 +40,7 @@ BRICK = replace(GEAR, category="brick", updates=4, curve=0)
 SECOND = replace(BRICK, seed=1)
 UNTRAINED = replace(GEAR, method="untrained", updates=0, curve=0)
 RUNS = [GEAR, BRICK, SECOND]
-FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}
+FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}  # of a patch model one more
 # Processes of their own start from one that has imported torch already.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["cplib.study.sweep"])

@@ -19,6 +19,7 @@ import sklearn
 import torch
 import torchvision
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cplib import datasets
 from cplib.datasets import atomic
@@ -86,15 +87,21 @@ def write(
     scores: torch.Tensor,
     metrics: dict,
 ) -> Path:
-    """Write a run's folder: run.json, metrics.json, history.csv, scores.csv."""
+    """Write a run's folder: run.json, metrics.json, history.csv, scores.csv.
+
+    ``scores`` are (N, P), an image's that of its worst window; windows' are kept, too, in
+    ``windows.safetensors``, which is not committed.
+    """
     folder = run_folder(run, results)
     with atomic(folder, folder=True) as part:
-        columns = (test.names, test.kinds, test.labels, scores)
+        columns = (test.names, test.kinds, test.labels, scores.amax(1))
         table = pd.DataFrame(dict(zip(SCORES, columns, strict=True)))
         table.to_csv(part / "scores.csv", index=False, float_format="%.9g")
         pd.DataFrame(history).to_csv(part / "history.csv", index=False, float_format="%.6g")
         write_json(part / "metrics.json", metrics)
         write_json(part / "run.json", record)
+        if run.window:
+            save_file({"scores": scores.float().contiguous()}, part / "windows.safetensors")
     return folder
 
 
@@ -181,6 +188,12 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
     except BROKEN as error:
         raise ValueError(one_line(f"{path}: not a run's scores ({error})")) from error
     return table.astype({"label": int, "score": float})
+
+
+def read_window_scores(folder: str | Path) -> torch.Tensor | None:
+    """Scores (N, P) of the test images' windows; None where they were not kept."""
+    file = Path(folder) / "windows.safetensors"
+    return load_file(file)["scores"] if file.exists() else None
 
 
 def collect(planned: Iterable[Run], results: str | Path) -> pd.DataFrame:

@@ -135,13 +135,12 @@ def _execute(run: Run, places: Places, deadline: float | None) -> None:
 def assess(
     run: Run, net: PretextNet, train: datasets.Images, test: datasets.Images
 ) -> tuple[torch.Tensor, dict]:
-    """Scores (N,) of the test images, and the run's metrics."""
+    """Scores (N, P) of the test images' windows, or (N, 1) of whole ones, and the metrics."""
     scorer = Scorer.fit(run, net, train.pixels)
-    local = scorer.position_scores(test.pixels)
-    scores = local.amax(1)
-    metrics = image_metrics(test.labels, scores)
+    scores = scorer.position_scores(test.pixels)
+    metrics = image_metrics(test.labels, scores.amax(1))
     if run.window:
-        maps = upsample_scores(run, local, test.pixels.shape[2:])
+        maps = upsample_scores(run, scores, test.pixels.shape[2:])
         metrics |= pixel_level_metrics(run, test, maps)
     return scores, metrics
 

@@ -1,5 +1,6 @@
 """The paper's tables, and two of our own, as measured here: the runs behind each, the values."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,8 +128,9 @@ def caption(workspace: Workspace, name: str) -> str:
     start = f"ImageNet weights {', '.join(sorted(files))}".strip()
     start = "random weights" if run.init == "random" else start
     used = " and ".join(sorted({r["precision"] for r in records}))
-    seeds = {r.method: 1 + max(q.seed for q in runs if q.method == r.method) for r in runs}
-    own = seeds.pop(METHOD, 0)
+    own, others = (
+        [r for r in done or runs if (r.method == METHOD) == mine] for mine in (True, False)
+    )
     parts = [
         f"Profile {workspace.profile.name}: {run.backbone}, {run.size} px",
         f"training on {run.crop}-px crops" if run.crop else "",
@@ -137,11 +139,17 @@ def caption(workspace: Workspace, name: str) -> str:
         f"{run.head_updates} updates of the head alone" if run.head_updates else "",
         f"{run.updates} updates of {run.sources} normal images and their copies",
         f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
-        f"seeds: {own} (CutPaste-3way)" if own else "",
-        f"{max(seeds.values())} (other methods)" if seeds else "",
+        f"seeds: {_seeds(own)} (CutPaste-3way)" if own else "",
+        f"seeds: {_seeds(others)} (other methods)" if others else "",
         f"trained in {used}, scored in fp32" if used else "",
     ]
     return ", ".join(filter(None, parts)) + "."
+
+
+def _seeds(runs: list[Run]) -> str:
+    """How many seeds a method and category have, in words."""
+    counts = Counter((run.method, run.category) for run in dict.fromkeys(runs)).values()
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def shown(table: pd.DataFrame, *others: str) -> pd.DataFrame:
