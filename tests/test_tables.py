@@ -236,3 +236,16 @@ def test_curves_are_those_of_the_profiles_runs_and_the_papers_schedule_cut_short
     assert found["auroc"].tolist() == [80, 82, 55, 60]
     assert found["minutes"].tolist() == found["update"].tolist()
     assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0]
+
+
+def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "screw", "transistor")
+    assert "seeds: 3 (CutPaste-3way), 3 (other" in tables.caption(workspace, "table1_image_level")
+    for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
+        record(tmp_path, QUICK.run(METHOD, category, seed))
+    caption = tables.caption(workspace, "table1_image_level")
+    assert "seeds: 1 to 2 (CutPaste-3way), trained in fp32, scored in fp32." in caption
+    for run in planned(workspace, STUDIES[0]):
+        if not run_folder(run, tmp_path).exists():
+            record(tmp_path, run)
+    assert "seeds: 1 (CutPaste-3way)" in tables.caption(workspace, STUDIES[0])

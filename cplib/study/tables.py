@@ -128,9 +128,8 @@ def caption(workspace: Workspace, name: str) -> str:
     start = f"ImageNet weights {', '.join(sorted(files))}".strip()
     start = "random weights" if run.init == "random" else start
     used = " and ".join(sorted({r["precision"] for r in records}))
-    own, others = (
-        [r for r in done or runs if (r.method == METHOD) == mine] for mine in (True, False)
-    )
+    split = {"CutPaste-3way": [r for r in done or runs if r.method == METHOD]}
+    split["other methods"] = [r for r in done or runs if r.method != METHOD]
     parts = [
         f"Profile {workspace.profile.name}: {run.backbone}, {run.size} px",
         f"training on {run.crop}-px crops" if run.crop else "",
@@ -139,8 +138,7 @@ def caption(workspace: Workspace, name: str) -> str:
         f"{run.head_updates} updates of the head alone" if run.head_updates else "",
         f"{run.updates} updates of {run.sources} normal images and their copies",
         f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
-        f"seeds: {_seeds(own)} (CutPaste-3way)" if own else "",
-        f"seeds: {_seeds(others)} (other methods)" if others else "",
+        "seeds: " + ", ".join(f"{_seeds(rs)} ({name})" for name, rs in split.items() if rs),
         f"trained in {used}, scored in fp32" if used else "",
     ]
     return ", ".join(filter(None, parts)) + "."
@@ -148,7 +146,8 @@ def caption(workspace: Workspace, name: str) -> str:
 
 def _seeds(runs: list[Run]) -> str:
     """How many seeds a method and category have, in words."""
-    counts = Counter((run.method, run.category) for run in dict.fromkeys(runs)).values()
+    found = {(run.method, run.category, run.seed) for run in runs}
+    counts = Counter(key[:2] for key in found).values()
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
