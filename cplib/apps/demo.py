@@ -1,7 +1,7 @@
 """A small stand-in data set in the MVTec AD layout, painted on the spot without any download.
 
 Two textures (`brick`, `fabric`) and two objects (`coin`, `gear`), each with three kinds of defect.
-Nothing here copies a rectangle of a picture to another place, so the defects owe nothing to the
+Nothing here copies a rectangle of an image to another place, so the defects owe nothing to the
 augmentations that are put to the test on them.
 """
 
@@ -24,7 +24,7 @@ from skimage.morphology import convex_hull_image
 Array = np.ndarray
 Rng = np.random.Generator
 
-VERSION = 1  # raise it whenever a picture changes
+VERSION = 1  # raise it whenever an image changes
 DEFECTS = {
     "brick": ("buckled", "crack", "missing_mortar"),
     "fabric": ("broken_thread", "hole", "shifted_row"),
@@ -34,7 +34,7 @@ DEFECTS = {
 # Changes that cover an area; the others are lines and outlines.
 AREAS = ("buckled", "dent", "hole", "shifted_row", "worn")
 LICENCE = """\
-Where the pictures of this folder come from
+Where the images of this folder come from
 ===========================================
 
 brick   Crops of `skimage.data.brick()`, which scikit-image ships. Its documentation says that the
@@ -63,9 +63,9 @@ def make_demo(
     size: int = 256,
     seed: int = 0,
 ) -> Path:
-    """Write the demo set, RGB pictures of `size` pixels, below `root` and return `root`.
+    """Write the demo set, RGB images of `size` pixels, below `root` and return `root`.
 
-    Every category gets `train` + `good` normal pictures, and `defective` ones spread over its
+    Every category gets `train` + `good` normal images, and `defective` ones spread over its
     kinds; the same arguments give the same bytes. A complete folder made with the same arguments
     is left as it is. Raises FileExistsError where `root` holds anything else, ValueError for
     counts or a size that make no data set.
@@ -94,16 +94,16 @@ def make_demo(
 def paint(
     category: str, kind: str, index: int, *, split: str = "test", size: int = 256, seed: int = 0
 ) -> Array:
-    """One normal picture, (size, size, 3) uint8; it depends on nothing but these arguments."""
+    """One normal image, (size, size, 3) uint8; it depends on nothing but these arguments."""
     return _render(category, (seed, split, kind, index), size=size, kind="good")
 
 
 def paint_defective(
     category: str, kind: str, index: int, *, size: int = 256, seed: int = 0
 ) -> tuple[Array, Array]:
-    """A defective picture, (size, size, 3) uint8, and its mask, (size, size) uint8 of 0 and 255.
+    """An anomalous image, (size, size, 3) uint8, and its mask, (size, size) uint8 of 0 and 255.
 
-    The mask is 255 exactly where the picture differs from `paint` with the same arguments.
+    The mask is 255 exactly where the image differs from `paint` with the same arguments.
     """
     key = (seed, "test", kind, index)
     clean = _render(category, key, size=size, kind="good")
@@ -117,7 +117,7 @@ def paint_defective(
 
 
 def _solid(changed: Array, *, area: bool) -> Array:
-    """A bool picture without its specks and small gaps, or the hull of what is left of it."""
+    """A bool image without its specks and small gaps, or the hull of what is left of it."""
     labels, count = ndi.label(changed, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     areas[0] = 0
@@ -130,8 +130,8 @@ def _is_there(root: Path, wanted: dict[str, int]) -> bool:
         return False
     with contextlib.suppress(OSError, ValueError):
         held = json.loads((root / "demo.json").read_text(encoding="utf-8"))
-        pictures = wanted["train"] + wanted["good"] + 2 * wanted["defective"]
-        if held == wanted and len(list(root.rglob("*.png"))) == len(DEFECTS) * pictures:
+        images = wanted["train"] + wanted["good"] + 2 * wanted["defective"]
+        if held == wanted and len(list(root.rglob("*.png"))) == len(DEFECTS) * images:
             return True
     raise FileExistsError(f"{root} exists and is not the demo set asked for; name another folder")
 
@@ -141,12 +141,12 @@ def _write_all(root: Path, wanted: dict[str, int]) -> None:
     for category, kinds in DEFECTS.items():
         for split in ("train", "test"):
             for i in range(wanted["train" if split == "train" else "good"]):
-                picture = paint(category, "good", i, split=split, **options)
-                _save(root / category / split / "good" / f"{i:03d}.png", picture)
+                image = paint(category, "good", i, split=split, **options)
+                _save(root / category / split / "good" / f"{i:03d}.png", image)
         for k, kind in enumerate(kinds):
             for i in range(len(range(k, wanted["defective"], len(kinds)))):
-                picture, mask = paint_defective(category, kind, i, **options)
-                _save(root / category / "test" / kind / f"{i:03d}.png", picture)
+                image, mask = paint_defective(category, kind, i, **options)
+                _save(root / category / "test" / kind / f"{i:03d}.png", image)
                 _save(root / category / "ground_truth" / kind / f"{i:03d}_mask.png", mask)
     (root / "LICENSE.txt").write_text(LICENCE, encoding="utf-8")
     (root / "demo.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
@@ -163,9 +163,9 @@ def _render(category: str, key: tuple[int, str, str, int], *, size: int, kind: s
     words = [seed, zlib.crc32(f"{category}/{split}/{shown}".encode()), index]
     scene, flaw, noise = (np.random.default_rng([*words, part]) for part in range(3))
     painter = {"brick": _brick, "fabric": _fabric, "coin": _coin, "gear": _gear}[category]
-    picture = painter(scene, flaw, kind, size) * _light(scene, size)[..., None]
+    image = painter(scene, flaw, kind, size) * _light(scene, size)[..., None]
     grain = noise.normal(0, 2.4, (size, size, 1)) + noise.normal(0, 0.7, (size, size, 3))
-    return np.clip(np.rint(picture + grain), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image + grain), 0, 255).astype(np.uint8)
 
 
 def _light(rng: Rng, size: int) -> Array:
@@ -181,7 +181,7 @@ def _tint(rng: Rng, colour: tuple[int, int, int], spread: float) -> Array:
 
 
 def _grid(size: int) -> Array:
-    """Row and column of every pixel centre in the units of a 256-pixel picture, (2, size, size)."""
+    """Row and column of every pixel centre in the units of a 256-pixel image, (2, size, size)."""
     return (np.indices((size, size), dtype=float) + 0.5) * 256 / size
 
 
@@ -195,8 +195,8 @@ def _step(x: Array, low: float, high: float) -> Array:
     return t * t * (3 - 2 * t)
 
 
-def _mix(picture: Array, colour: Array | tuple[int, int, int], weight: Array) -> Array:
-    return picture + (np.asarray(colour) - picture) * weight[..., None]
+def _mix(image: Array, colour: Array | tuple[int, int, int], weight: Array) -> Array:
+    return image + (np.asarray(colour) - image) * weight[..., None]
 
 
 def _cast(cover: Array, back: Array, depth: float) -> Array:
@@ -232,7 +232,7 @@ def _scratch(face: Array, rng: Rng, middle: Array, bright: float) -> Array:
 @functools.cache
 def _wall() -> tuple[Array, Array]:
     """The brick photograph seen head-on, and a shade for each brick, both (640, 640)."""
-    # The homography by which scikit-image says it made its picture, undone.
+    # The homography by which scikit-image says it made its image, undone.
     y, x = np.indices((640, 640)) * 1318 / 640 + np.array([312, 2])[:, None, None]
     depth = 2 * (1 - 0.00022 * x)
     rows, columns = (0.54688 * y - 0.12822 * x) / depth, (0.54764 * x - 0.00219 * y) / depth
@@ -250,14 +250,14 @@ def _brick(rng: Rng, flaw: Rng, kind: str, size: int) -> Array:
     spots = where * scale + origin[:, None, None]
     wall, shade = (ndi.map_coordinates(a, spots, order=1) for a in _wall())
     mortar = _step(wall, 112, 165)
-    picture = (wall / 100 * shade)[..., None] * tint
-    picture = _mix(picture, wall[..., None] * (1.08, 1.04, 0.97), mortar)
+    image = (wall / 100 * shade)[..., None] * tint
+    image = _mix(image, wall[..., None] * (1.08, 1.04, 0.97), mortar)
     if kind == "crack":
         line = _walk(flaw, flaw.uniform(90, 166, 2), flaw.uniform(170, 230), 0.4)
-        picture = _mix(picture, (26, 20, 18), 0.92 * _stroke(size, line, flaw.uniform(4.6, 6.2)))
+        image = _mix(image, (26, 20, 18), 0.92 * _stroke(size, line, flaw.uniform(4.6, 6.2)))
     if kind == "missing_mortar":
-        picture = _mix(picture, (30, 24, 22), 0.93 * mortar * _joint(flaw, origin, scale, size))
-    return picture
+        image = _mix(image, (30, 24, 22), 0.93 * mortar * _joint(flaw, origin, scale, size))
+    return image
 
 
 def _buckle(where: Array, rng: Rng) -> Array:

@@ -74,7 +74,7 @@ class Workspace:
             if stored != datasets.fingerprint(self.load(run.category, "test", run.size)):
                 raise UsageError(
                     f"{self.results} holds runs on other images of {run.category!r}: "
-                    "name another folder with --results"
+                    "set CPLIB_RESULTS to another folder"
                 )
         return absent
 
@@ -117,17 +117,19 @@ def _execute(run: Run, places: Places, deadline: float | None) -> None:
         for split in ("train", "test")
     }
     train, test = images.values()
-    net, history = build(run, places.weights).to(device).eval(), []
-    about = {"device_name": device_name(device), "precision": "fp32"}
+    scored, history = None, []
     if run.needs_training:
         checkpoint = checkpoint_file(run, places.results)
         options = {"checkpoint": checkpoint, "deadline": deadline, "weights": places.weights}
         for net, history in training(run, train.pixels, device, **options):
             if run.curve:
-                metrics = assess(run, net, train, test)[1]
-                history[-1] |= {k: v for k, v in metrics.items() if k.endswith("auroc")}
+                scored = assess(run, net, train, test)
+                history[-1] |= {k: v for k, v in scored[1].items() if k.endswith("auroc")}
         about = read_checkpoint(checkpoint)[0]
-    scores, metrics = assess(run, net, train, test)
+    else:
+        net = build(run, places.weights).to(device).eval()
+        about = {"device_name": device_name(device), "precision": "fp32"}
+    scores, metrics = scored or assess(run, net, train, test)
     record = store.describe(run, images, history, about, places)
     store.write(run, places.results, record, history, test, scores, metrics)
 
