@@ -32,11 +32,13 @@ set_up() {
         "$found" -m venv "$folder" >&2 ||
             die "$found cannot make an environment: on Debian and Ubuntu, install python3-venv"
     fi
-    if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$list" \
+    if ! "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$list" \
         >"$folder/install.log" 2>&1; then
         tail -n 5 "$folder/install.log" >&2
         die "the installation failed: see $folder/install.log"
     fi
+    # On all cores at once; templates among the files are no Python, and fail.
+    "$python" -m compileall -q -j 0 "$folder" >/dev/null 2>&1 || true
     echo "$wanted" >"$folder/.complete"
 }
 

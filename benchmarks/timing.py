@@ -109,10 +109,12 @@ def report(measure: Callable[[argparse.Namespace], list[Row]], args: argparse.Na
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    about = machine(args)
+    print(f"{about['device']}; {about['threads']} threads, PyTorch {about['torch']}\n")
     print(markdown(rows))
     if args.json:
         values = {what: {"value": value, "unit": unit} for what, value, unit in rows}
         asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        note = {"machine": machine(args), "options": asked, "rows": values}
+        note = {"machine": about, "options": asked, "rows": values}
         args.json.write_text(json.dumps(note, indent=1) + "\n")
     return 0

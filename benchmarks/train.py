@@ -7,6 +7,7 @@ Prints one Markdown table; ``--json FILE`` writes the same numbers for a program
 
 import argparse
 import math
+import re
 import statistics
 import sys
 import time
@@ -30,6 +31,12 @@ from timing import Row, Seconds, cores, options, peak_memory, report, seconds_of
 
 SIZES = (64, 128, 256)
 SHARES = (0.25, 0.5, 1.0)  # of the batch and of the data set, to see how time grows
+OPERATORS = {  # of the profile: the first pattern that an operator's name matches
+    "convolution, backward": "convolution_backward",
+    "convolution, forward": "conv",
+    "batch normalisation, both ways": "batch_norm",
+    "ReLU, both ways": "relu|clamp_min|threshold",
+}
 PREPARED = 1_000_000  # batches a loader would deliver if it were not stopped
 
 
@@ -184,6 +191,22 @@ def arithmetic(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     ]
 
 
+def profile(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
+    """What a step spends its time on: shares of the operators' own time."""
+    loop = product(run, pixels, args.device)
+    next(loop)
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            next(loop)
+    own = f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"
+    spent = dict.fromkeys([*OPERATORS, "all else"], 0.0)
+    for event in profiler.key_averages():
+        names = (what for what, part in OPERATORS.items() if re.search(part, event.key))
+        spent[next(names, "all else")] += getattr(event, own)
+    total = sum(spent.values())
+    return [(f"of a step: {what}", 100 * time / total, "%") for what, time in spent.items()]
+
+
 def growth(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     """How time grows with the resolution, the batch, and the number of pictures."""
     rows, budget = [], args.seconds / 40
@@ -235,7 +258,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         precision=args.precision,
     )
     pixels = datasets.load(args.data, args.category, "train", args.size).pixels
-    parts = [memory, throughput, augmentation, arithmetic, growth]
+    parts = [memory, throughput, augmentation, profile, arithmetic, growth]
     parts += [compilation] if args.compile else []
     return [row for part in parts for row in part(run, pixels, args)]
 

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.functional import gaussian_blur
 
 JITTER = (0.1, 0.1, 0.1, 0.1)
 LUMA = (0.299, 0.587, 0.114)
@@ -214,6 +213,8 @@ def confetti(
     lie anywhere, also across the border. ``side`` and the blur's standard deviation are in pixels
     (FCDD's 8 to 54 and 5 of 224, in 256), ``angle`` in degrees either way.
     """
+    from torchvision.transforms.functional import gaussian_blur  # here: it takes a second
+
     (n, _, h, w), blobs = x.shape, len(BLOB_CHANCE)
 
     def draw(low: float, high: float) -> Tensor:

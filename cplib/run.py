@@ -12,7 +12,7 @@ BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageN
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHOICES = {
     "method": (*BASELINES, *METHODS),
-    "backbone": ("resnet18", "efficientnet_b4", "efficientnet_lite0"),
+    "backbone": ("resnet18", "resnet18_quarter", "efficientnet_b4", "efficientnet_lite0"),
     "init": ("random", "imagenet"),
     "optimizer": ("sgd", "adamw"),
     "gaussians": ("auto", "position", "shared"),

@@ -73,6 +73,18 @@ def test_results_below_a_file_and_data_without_categories_are_refused(
     assert str(tmp_path / "file" / "below") in capsys.readouterr().err
 
 
+def test_an_image_that_cannot_be_read_is_named_before_any_notebook_starts(
+    smoke_of, demo_root, tmp_path, capsys
+):
+    data = shutil.copytree(demo_root, tmp_path / "data")
+    broken = next((data / "sieve" / "test" / "good").iterdir())
+    broken.write_bytes(b"no image")
+    assert status([*smoke_of, "--data", str(data), "--only", "00,02"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(broken) in line
+    assert list(tmp_path.rglob("*.ipynb")) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_is_refused_where_there_is_none(smoke_of, capsys):
     assert status([*smoke_of, "--device", "cuda"]) == 2
@@ -173,9 +185,9 @@ def test_a_workspace_takes_what_is_asked_and_else_the_profiles_own(
     assert workspace.missing(runs) == runs
     for name, value in {"SEEDS": "3", "BUDGET": "1m", "WEIGHTS": str(tmp_path)}.items():
         monkeypatch.setenv(f"CPLIB_{name}", value)
-    workspace = open_workspace("smoke", str(demo_root), "coin, gear")
+    workspace = open_workspace("smoke", str(demo_root), "fabric, sieve")
     assert [(r.category, r.seed) for r in workspace.runs(("cutpaste",))] == [
-        (category, seed) for category in ("coin", "gear") for seed in range(3)
+        (category, seed) for category in ("fabric", "sieve") for seed in range(3)
     ]
     assert (workspace.budget, workspace.places.weights) == (60, tmp_path)
 
@@ -187,7 +199,7 @@ def test_another_data_set_is_named_in_its_runs_and_has_results_of_its_own(
     monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
     workspace = open_workspace("quick")
     assert workspace.places.data == demo_root
-    assert set(workspace.categories) == {"brick", "coin", "fabric", "gear"}
+    assert set(workspace.categories) == {"brick", "fabric", "sieve"}
     assert workspace.results == tmp_path / "quick-demo"
     assert {run.dataset for run in workspace.runs(TABLE1)} == {"demo"}
 

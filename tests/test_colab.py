@@ -139,7 +139,7 @@ def test_on_drive_a_workspace_has_one_category_and_resumes_in_another_session(
     assert workspace.results == kept / "smoke"
     assert workspace.categories == ("brick",)
     assert os.environ["PYTHONPATH"] == str(ROOT)
-    assert open_workspace("smoke", str(demo_root), "brick,gear").categories == ("brick", "gear")
+    assert open_workspace("smoke", str(demo_root), "brick,sieve").categories == ("brick", "sieve")
 
 
 def test_without_drive_results_stay_it_is_said_and_what_was_set_is_left(drive, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def test_the_density_is_that_of_scikit_learn_on_features_of_a_network(demo_root)
     torch.manual_seed(0)
     net = PretextNet(2)
     train, test = (
-        datasets.load(demo_root, "gear", split, 64).pixels for split in ("train", "test")
+        datasets.load(demo_root, "sieve", split, 64).pixels for split in ("train", "test")
     )
     z, z_test = l2_normalise(embed(net, train)), l2_normalise(embed(net, test))
     _assert_agrees_with_sklearn(z, z_test, 1e-6)

@@ -16,7 +16,7 @@ from cplib.study.features import GROUPS, describe, image_groups, project, record
 from cplib.study.store import Places, run_folder
 from cplib.study.sweep import execute
 
-RUN = Run(method="untrained", category="gear", dataset="demo", size=64, updates=0)
+RUN = Run(method="untrained", category="sieve", dataset="demo", size=64, updates=0)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def places(tmp_path_factory, demo_root):
 
 @pytest.fixture(scope="module")
 def test_set(demo_root):
-    return datasets.load(demo_root, "gear", "test", 64)
+    return datasets.load(demo_root, "sieve", "test", 64)
 
 
 def cloud(n, shift=0.0, dims=2, seed=0):
@@ -109,7 +109,7 @@ def test_a_record_holds_every_number_and_every_point(places):
         assert shapes == [(2, 4), (2, 6), (2, 4), (2, 4)]
     metrics = json.loads((run_folder(RUN, places.results) / "metrics.json").read_text())
     assert found["gaussian_auroc"]["anomaly"] == pytest.approx(metrics["image_auroc"])
-    numbers = features.table({("gear", "untrained"): found, ("gear", "cutpaste_3way"): found})
+    numbers = features.table({("sieve", "untrained"): found, ("sieve", "cutpaste_3way"): found})
     assert len(numbers) == 2 * (3 + 3 * 3)
 
 

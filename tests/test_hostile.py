@@ -29,7 +29,7 @@ from cplib.study import store
 from cplib.study.store import Places
 from cplib.study.sweep import execute
 
-UNTRAINED = Run(method="untrained", category="gear", dataset="demo", size=32, updates=0)
+UNTRAINED = Run(method="untrained", category="sieve", dataset="demo", size=32, updates=0)
 quick = settings(
     deadline=None,
     max_examples=40,
@@ -296,7 +296,7 @@ def evil(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_imagenet_weights_or_a_runs_network_is_not_run(tmp_path, evil):
-    run = Run(method="cutpaste", category="gear", dataset="demo", size=32, updates=1)
+    run = Run(method="cutpaste", category="sieve", dataset="demo", size=32, updates=1)
     path, encoder = tmp_path / "resnet18-evil.pth", _encoder("resnet18")[0]
     file = store.checkpoint_file(run, tmp_path)
     file.parent.mkdir(parents=True)

@@ -252,7 +252,7 @@ def test_level_7_of_lite0_is_that_of_timms_network():
 
 
 def test_the_score_of_level_7_is_a_library_gaussians_and_stands_beside_the_run(demo_root, tmp_path):
-    run = PROFILES["smoke"].finetune_runs(["gear"])[1]
+    run = PROFILES["smoke"].finetune_runs(["sieve"])[1]
     assert run.method == "pretrained"
     places = Places(tmp_path, demo_root)
     without_data = places._replace(data=None)
@@ -261,7 +261,7 @@ def test_the_score_of_level_7_is_a_library_gaussians_and_stands_beside_the_run(d
     found = tables.level_metrics(run, places)
     assert tables.level_metrics(run, without_data) == found
     net = build(run)
-    normal, test = (datasets.load(demo_root, "gear", s, run.size) for s in ("train", "test"))
+    normal, test = (datasets.load(demo_root, "sieve", s, run.size) for s in ("train", "test"))
     z, z_test = (embed(net, s.pixels, level=7).double().numpy() for s in (normal, test))
     density = GaussianMixture(1, reg_covar=run.reg_covar).fit(z)
     expected = 100 * roc_auc_score(test.labels, -density.score_samples(z_test))

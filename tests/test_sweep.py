@@ -35,11 +35,11 @@ from cplib.study.store import Places, checkpoint_file, collect, load_network, ru
 from cplib.study.sweep import Workspace, estimate, execute, execute_all, missing, rerun
 
 SMALL = {"dataset": "demo", "size": 64, "updates": 8, "sources": 2, "precision": "fp32"}
-GEAR = Run(method="cutpaste", category="gear", curve=2, **SMALL)
-BRICK = replace(GEAR, category="brick", updates=4, curve=0)
+SIEVE = Run(method="cutpaste", category="sieve", curve=2, **SMALL)
+BRICK = replace(SIEVE, category="brick", updates=4, curve=0)
 SECOND = replace(BRICK, seed=1)
-UNTRAINED = replace(GEAR, method="untrained", updates=0, curve=0)
-RUNS = [GEAR, BRICK, SECOND]
+UNTRAINED = replace(SIEVE, method="untrained", updates=0, curve=0)
+RUNS = [SIEVE, BRICK, SECOND]
 FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}  # of a patch model one more
 # Processes of their own start from one that has imported torch already.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -70,14 +70,14 @@ def copied(undisturbed, places) -> Places:
 
 @pytest.fixture
 def half_done(places, monkeypatch) -> Places:
-    """As ``places``, with the checkpoint of GEAR after five of its eight updates."""
+    """As ``places``, with the checkpoint of SIEVE after five of its eight updates."""
     updates, step = iter(range(5)), train.step
     with monkeypatch.context() as patch:
         patch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
         patch.setattr(train, "step", lambda *a: (next(updates), step(*a))[1])
-        (outcome,) = execute_all([GEAR], places, jobs=1)
+        (outcome,) = execute_all([SIEVE], places, jobs=1)
     assert outcome.state == "failed"
-    assert checkpoint_file(GEAR, places.results).exists()
+    assert checkpoint_file(SIEVE, places.results).exists()
     return places
 
 
@@ -114,44 +114,44 @@ def change_record(folder: Path, **changes) -> None:
 
 
 def test_a_folder_holds_four_files_and_the_scores_are_those_of_the_network(undisturbed, demo_root):
-    folder = run_folder(GEAR, undisturbed)
+    folder = run_folder(SIEVE, undisturbed)
     assert set(os.listdir(folder)) == FILES
-    normal, test = (datasets.load(demo_root, "gear", s, 64) for s in ("train", "test"))
+    normal, test = (datasets.load(demo_root, "sieve", s, 64) for s in ("train", "test"))
     table = store.read_scores(folder)
     assert table["file"].tolist() == list(test.names)
     assert table["kind"].tolist() == list(test.kinds)
     assert table["label"].tolist() == test.labels.tolist()
-    scorer = Scorer.fit(GEAR, load_network(GEAR, Places(undisturbed)), normal.pixels)
+    scorer = Scorer.fit(SIEVE, load_network(SIEVE, Places(undisturbed)), normal.pixels)
     np.testing.assert_allclose(scorer.score(test.pixels), table["score"], rtol=1e-3)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics == pytest.approx(image_metrics(table["label"], table["score"]))
 
 
 def test_the_record_holds_the_run_and_what_is_behind_its_numbers(undisturbed, demo_root):
-    run, record, metrics = store.read(run_folder(GEAR, undisturbed))
-    assert run == GEAR
+    run, record, metrics = store.read(run_folder(SIEVE, undisturbed))
+    assert run == SIEVE
     assert set(metrics) == {"image_auroc", "image_ap", "image_f1max"}
     assert (record["precision"], record["threads"], record["weights"]) == ("fp32", 1, None)
     assert record["device"].startswith("CPU")
     for split, digest in record["data"].items():
-        assert digest == datasets.fingerprint(datasets.load(demo_root, "gear", split, 64))
+        assert digest == datasets.fingerprint(datasets.load(demo_root, "sieve", split, 64))
     assert record["environment"]["torch"] == torch.__version__
     made = record["images_per_second"] * record["train_seconds"]
     assert made == pytest.approx(8 * 2 * 2, rel=0.1)
 
 
 def test_the_auroc_is_noted_at_the_points_asked_for_and_changes_nothing(undisturbed, places):
-    folder = run_folder(GEAR, undisturbed)
+    folder = run_folder(SIEVE, undisturbed)
     noted = pd.read_csv(folder / "history.csv").set_index("update")["image_auroc"]
     assert noted.dropna().index.tolist() == [4, 8]
     final = json.loads((folder / "metrics.json").read_text())["image_auroc"]
     assert noted[8] == pytest.approx(final, rel=1e-5)
-    plain = execute(replace(GEAR, curve=0), places)
+    plain = execute(replace(SIEVE, curve=0), places)
     assert (plain / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
 
 
 def test_a_baseline_trains_nothing_and_its_record_names_its_weights(places):
-    run = PROFILES["smoke"].run("pretrained", "gear")
+    run = PROFILES["smoke"].run("pretrained", "sieve")
     torch.set_num_threads(1)
     folder = execute(run, places, threads=2)
     assert torch.get_num_threads() == 1  # as it was
@@ -175,22 +175,22 @@ def test_a_run_without_data_or_that_diverges_leaves_no_folder(places):
 
 def test_scoring_otherwise_trains_nothing(copied, monkeypatch):
     monkeypatch.setattr(train, "step", lambda *args: pytest.fail("trained again"))
-    run = replace(GEAR, l2_normalise=True, reg_covar=1e-3, window=32, stride=16)
+    run = replace(SIEVE, l2_normalise=True, reg_covar=1e-3, window=32, stride=16)
     read, record, metrics = store.read(execute(run, copied))
-    _, earlier, own = store.read(run_folder(GEAR, copied.results))
+    _, earlier, own = store.read(run_folder(SIEVE, copied.results))
     assert (read, record["train_seconds"]) == (run, earlier["train_seconds"])
     assert metrics["image_ap"] != own["image_ap"] or metrics["image_auroc"] != own["image_auroc"]
     assert 0 <= metrics["pixel_auroc"] <= 100
 
 
 def test_a_network_comes_from_a_whole_checkpoint_or_not_at_all(copied):
-    assert not load_network(GEAR, copied).training
-    file = checkpoint_file(GEAR, copied.results)
+    assert not load_network(SIEVE, copied).training
+    file = checkpoint_file(SIEVE, copied.results)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"{file}: expected the run's tensors"):
-        load_network(GEAR, copied)
+        load_network(SIEVE, copied)
     file.unlink()
-    assert load_network(GEAR, copied) is None
+    assert load_network(SIEVE, copied) is None
 
 
 # Killed
@@ -236,8 +236,8 @@ def process(target, *arguments):
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(undisturbed, places):
     moments, kills, resumed = random.Random(20210610), 0, 0
     for _ in range(4):
-        resumed += checkpoint_file(GEAR, places.results).exists()
-        with process(work, GEAR, places) as (worker, pipe):
+        resumed += checkpoint_file(SIEVE, places.results).exists()
+        with process(work, SIEVE, places) as (worker, pipe):
             with contextlib.suppress(EOFError):  # it has finished
                 for _ in range(moments.randrange(1, 5)):  # machines differ in speed
                     pipe.recv()
@@ -245,11 +245,11 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(undisturbed, pl
             worker.kill()
             worker.join()
             kills += worker.exitcode == -signal.SIGKILL
-    execute(GEAR, places)
+    execute(SIEVE, places)
     assert kills
     assert resumed
-    assert_same(places.results, undisturbed, [GEAR])
-    assert os.listdir(places.results / "runs") == [GEAR.id]
+    assert_same(places.results, undisturbed, [SIEVE])
+    assert os.listdir(places.results / "runs") == [SIEVE.id]
     assert left_behind(places.results) == []
 
 
@@ -296,7 +296,7 @@ def test_processes_beside_each_other_give_the_same_bytes_in_the_order_asked(
     outcomes = execute_all(RUNS, relative, jobs=2)
     assert states(outcomes) == [(run, "done") for run in RUNS]
     assert_same(places.results, undisturbed)
-    assert "3/3" in capsys.readouterr().out
+    assert "3 of 3 done" in capsys.readouterr().out
 
 
 def test_a_process_that_the_system_ends_is_a_failed_run(places):
@@ -309,7 +309,7 @@ def test_a_process_that_the_system_ends_is_a_failed_run(places):
                 child.kill()
 
     threading.Thread(target=kill_workers, daemon=True).start()
-    todo = [replace(GEAR, updates=100_000, curve=0, seed=seed) for seed in range(2)]
+    todo = [replace(SIEVE, updates=100_000, curve=0, seed=seed) for seed in range(2)]
     outcomes = execute_all(todo, places, jobs=2)
     over.set()
     assert states(outcomes) == [(run, "failed") for run in todo]
@@ -318,9 +318,9 @@ def test_a_process_that_the_system_ends_is_a_failed_run(places):
 
 def test_a_failing_run_names_its_file_and_the_others_finish(undisturbed, places):
     root = shutil.copytree(places.data, places.results.parent / "set")
-    victim = sorted((root / "coin/train/good").glob("*.png"))[2]
+    victim = sorted((root / "sieve/train/good").glob("*.png"))[2]
     victim.write_bytes(victim.read_bytes()[:-2000])
-    bad, nowhere = (replace(BRICK, category=category) for category in ("coin", "nut"))
+    bad, nowhere = (replace(BRICK, category=category) for category in ("sieve", "nut"))
     order = [bad, SECOND, nowhere, BRICK, SECOND]
     outcomes = execute_all(order, places._replace(data=root), jobs=1)
     expected = [(bad, "failed"), (SECOND, "done"), (nowhere, "failed"), (BRICK, "done")]
@@ -337,7 +337,7 @@ def test_a_budget_stops_cleanly_and_another_call_finishes(undisturbed, places, m
         patch.setattr(train, "step", lambda *a: (time.sleep(0.3), step(*a))[1])
         first = execute_all(RUNS, places, budget=1.0, jobs=1)
     assert states(first) == [(run, "out of time") for run in RUNS]
-    assert f"{GEAR.id}: " in first[0].message and "of 8 updates done" in first[0].message
+    assert f"{SIEVE.id}: " in first[0].message and "of 8 updates done" in first[0].message
     assert [o.message for o in first[1:]] == ["not started"] * 2
     assert not (places.results / "runs").exists()
     assert states(execute_all(RUNS, places, jobs=1)) == [(run, "done") for run in RUNS]
@@ -348,12 +348,12 @@ def test_a_budget_stops_cleanly_and_another_call_finishes(undisturbed, places, m
 def test_a_run_that_is_there_is_not_repeated_and_needs_no_data(copied):
     shutil.rmtree(run_folder(BRICK, copied.results))
     assert missing([*RUNS, BRICK], copied.results) == [BRICK]
-    stored = run_folder(GEAR, copied.results) / "run.json"
+    stored = run_folder(SIEVE, copied.results) / "run.json"
     before = stored.stat().st_mtime_ns
     assert states(execute_all(RUNS, copied, jobs=1)) == [(BRICK, "done")]
     assert stored.stat().st_mtime_ns == before
     assert execute_all(RUNS, copied._replace(data=Path("nowhere"))) == []
-    assert execute(GEAR, copied._replace(data=None)) == stored.parent
+    assert execute(SIEVE, copied._replace(data=None)) == stored.parent
 
 
 def test_an_unknown_engine_and_a_lack_of_ray_are_one_clear_line(places, monkeypatch):
@@ -369,18 +369,18 @@ def test_as_many_runs_share_a_gpu_as_its_memory_holds(monkeypatch, gigabytes, ex
     gpu = SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert sweep._jobs("cuda", 1) == expected
+    assert sweep.jobs_here("cuda", 1) == expected
 
 
 def test_a_workspace_refuses_results_of_other_images_and_to_train_without_any(copied, demo_root):
     def workspace(data):
-        return Workspace(PROFILES["smoke"], ("gear",), copied._replace(data=data))
+        return Workspace(PROFILES["smoke"], ("sieve",), copied._replace(data=data))
 
     other = shutil.copytree(demo_root, copied.results.parent / "other")
-    assert workspace(demo_root).missing([GEAR, UNTRAINED]) == [UNTRAINED]
-    shutil.copy(other / "gear/test/good/000.png", other / "gear/test/good/001.png")
-    with pytest.raises(sweep.UsageError, match="runs on other images of 'gear'"):
-        workspace(other).missing([GEAR, UNTRAINED])
+    assert workspace(demo_root).missing([SIEVE, UNTRAINED]) == [UNTRAINED]
+    shutil.copy(other / "sieve/test/good/000.png", other / "sieve/test/good/001.png")
+    with pytest.raises(sweep.UsageError, match="runs on other images of 'sieve'"):
+        workspace(other).missing([SIEVE, UNTRAINED])
     with pytest.raises(sweep.UsageError, match="1 runs need data"):
         workspace(None).execute([UNTRAINED])
 
@@ -391,14 +391,14 @@ def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # does not know the file's name
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", Mock(side_effect=full))
-        (outcome,) = execute_all([GEAR], half_done, jobs=1)
+        (outcome,) = execute_all([SIEVE], half_done, jobs=1)
     assert outcome.state == "failed"
-    assert f"cannot write {run_folder(GEAR, half_done.results)}" in outcome.message
+    assert f"cannot write {run_folder(SIEVE, half_done.results)}" in outcome.message
     assert "No space left on device" in outcome.message
     assert os.listdir(half_done.results / "runs") == []
-    checkpoint_file(GEAR, half_done.results).write_bytes(b"\xff" * 999)
-    assert states(execute_all([GEAR], half_done, jobs=1)) == [(GEAR, "done")]
-    assert_same(half_done.results, undisturbed, [GEAR])
+    checkpoint_file(SIEVE, half_done.results).write_bytes(b"\xff" * 999)
+    assert states(execute_all([SIEVE], half_done, jobs=1)) == [(SIEVE, "done")]
+    assert_same(half_done.results, undisturbed, [SIEVE])
     assert left_behind(half_done.results) == []
 
 
@@ -406,11 +406,11 @@ def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
 
 
 def test_collect_gives_a_row_a_finished_run_with_fields_metrics_and_seconds(copied):
-    table = collect([*RUNS, UNTRAINED, GEAR], copied.results)
+    table = collect([*RUNS, UNTRAINED, SIEVE], copied.results)
     assert table["id"].tolist() == [run.id for run in RUNS]
     row = table.iloc[0]
-    assert all(row[name] == value for name, value in asdict(GEAR).items())
-    metrics = store.read(run_folder(GEAR, copied.results))[2]
+    assert all(row[name] == value for name, value in asdict(SIEVE).items())
+    metrics = store.read(run_folder(SIEVE, copied.results))[2]
     assert {name: row[name] for name in metrics} == metrics
     assert row["train_seconds"] > 0
     empty = collect([UNTRAINED], copied.results)
@@ -418,17 +418,17 @@ def test_collect_gives_a_row_a_finished_run_with_fields_metrics_and_seconds(copi
     assert set(table) <= set(empty)
     change_record(run_folder(BRICK, copied.results), run=asdict(SECOND))
     with pytest.warns(UserWarning, match=f"{BRICK.id}: .*the record inside is of {SECOND.id}"):
-        assert collect(RUNS, copied.results)["id"].tolist() == [GEAR.id, SECOND.id]
+        assert collect(RUNS, copied.results)["id"].tolist() == [SIEVE.id, SECOND.id]
 
 
 def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, monkeypatch):
-    for run, rate in ((GEAR, 10.0), (BRICK, 20.0), (SECOND, 90.0)):
+    for run, rate in ((SIEVE, 10.0), (BRICK, 20.0), (SECOND, 90.0)):
         folder = run_folder(run, copied.results)
         change_record(folder, device="abacus", images_per_second=rate)
-    todo = [replace(GEAR, method="cutpaste_3way", updates=100, seed=seed) for seed in (0, 1)]
-    todo += [replace(GEAR, method="rotation", updates=50), UNTRAINED]
-    other = [replace(UNTRAINED, updates=1, crop=32), replace(GEAR, size=128)]
-    other += [replace(GEAR, method="scar", backbone="efficientnet_b4")]
+    todo = [replace(SIEVE, method="cutpaste_3way", updates=100, seed=seed) for seed in (0, 1)]
+    todo += [replace(SIEVE, method="rotation", updates=50), UNTRAINED]
+    other = [replace(UNTRAINED, updates=1, crop=32), replace(SIEVE, size=128)]
+    other += [replace(SIEVE, method="scar", backbone="efficientnet_b4")]
     monkeypatch.setattr(sweep, "device_name", lambda device: "abacus")
     table = estimate([*todo, todo[0], *RUNS], copied)
     assert table["runs"].to_dict() == {"cutpaste_3way": 2, "rotation": 1, "untrained": 1}

@@ -65,7 +65,7 @@ def test_values_are_multiples_of_the_protocols_own_where_they_are_relative():
     assert second[METHOD, "max_area", "0.2"] == {"area": (0.02, 0.2)}
 
 
-@pytest.mark.parametrize(("name", "fewest"), [("smoke", 5), ("demo", 14), ("quick", 28)])
+@pytest.mark.parametrize(("name", "fewest"), [("smoke", 5), ("demo", 6), ("quick", 28)])
 def test_the_run_that_changes_nothing_is_shared_and_comes_first(tmp_path, name, fewest):
     workspace = workspace_of(name, tmp_path)
     study = workspace.profile.sensitivity
@@ -104,7 +104,7 @@ def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path
     }
     assert {row.value for row, _ in plan if row.setting == "head"} >= {"linear", "8x512-128"}
     assert {run.category for _, run in plan} == {"screw", "transistor"}
-    assert {run.seed for _, run in plan} == {0, 1, 2}
+    assert {run.seed for _, run in plan} == {0}
 
 
 # What is written
@@ -168,7 +168,7 @@ def test_every_table_can_be_written_before_anything_is_measured(tmp_path):
 @pytest.fixture(scope="module")
 def done(demo_root, tmp_path_factory):
     """A finished run on the demo set, and its places."""
-    run = PROFILES["smoke"].run("untrained", "gear")
+    run = PROFILES["smoke"].run("untrained", "sieve")
     places = Places(tmp_path_factory.mktemp("results"), demo_root)
     execute(run, places)
     return run, places
@@ -179,7 +179,7 @@ def test_table_6_records_the_auroc_of_normal_images_against_painted_ones(done):
     found = tables.synthetic_metrics(run, 5, places)
     assert list(found["image_auroc"]) == list(SYNTHETIC)
     assert (found["normal"], found["painted"]) == (4, 8)
-    train, test = (datasets.load(places.data, "gear", split, 64) for split in ("train", "test"))
+    train, test = (datasets.load(places.data, "sieve", split, 64) for split in ("train", "test"))
     normal = test.pixels[test.labels == 0]
     scorer = Scorer.fit(run, load_network(run, places), train.pixels)
     for kind in ("digit_color", "ellipse_natural"):
@@ -192,7 +192,7 @@ def test_table_6_records_the_auroc_of_normal_images_against_painted_ones(done):
 
 def test_table_6_is_made_of_the_finished_runs_and_says_how_it_was_painted(done):
     run, places = done
-    workspace = Workspace(replace(PROFILES["smoke"], anomalies=9), ("gear",), places)
+    workspace = Workspace(replace(PROFILES["smoke"], anomalies=9), ("sieve",), places)
     values = values_of(workspace, "table6_synthetic_anomalies")
     assert values["category"].tolist() == list(SYNTHETIC)
     tidy = compare(workspace, "table6_synthetic_anomalies", values)

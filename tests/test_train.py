@@ -17,7 +17,7 @@ from cplib.model import build
 from cplib.run import Run
 
 SMALL = {"dataset": "demo", "size": 32, "updates": 4, "sources": 2, "precision": "fp32"}
-TINY = Run(method="cutpaste_3way", category="gear", **SMALL)
+TINY = Run(method="cutpaste_3way", category="sieve", **SMALL)
 ADAMW = replace(TINY, optimizer="adamw", warmup=0.5, crop=16, whole=0.5)
 HEAD_FIRST = replace(TINY, head_updates=2, head_learning_rate=0.5, updates=2)
 AUTO = replace(TINY, precision="auto")
@@ -26,7 +26,7 @@ UNCHANGED = {"translate": 0.0, "jitter": (0.0,) * 4}
 
 @pytest.fixture(scope="module")
 def pixels(demo_root):
-    return datasets.load(demo_root, "gear", "train", 32).pixels
+    return datasets.load(demo_root, "sieve", "train", 32).pixels
 
 
 @pytest.fixture

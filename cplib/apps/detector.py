@@ -194,7 +194,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def name_of(folder: str | Path) -> str:
-    """What a folder of normal images is of: ``gear`` for ``.../gear/train/good``."""
+    """What a folder of normal images is of: ``sieve`` for ``.../sieve/train/good``."""
     parts = Path(folder).expanduser().resolve().parts[1:]
     return next((part for part in reversed(parts) if part.lower() not in GENERAL), "own")
 
@@ -217,7 +217,7 @@ def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
 
     Without ``folds``: ten where each place has its Gaussian, else one image at a time is left
     out. The fewer images a Gaussian has, the higher it scores new ones: the median of the demo's
-    64 gears is a fifth higher with five folds than with 64.
+    64 sieves is a fifth higher with five folds than with 64.
     """
     n = len(z)
     folds = min(n, folds or (10 if by_position(run) else n))

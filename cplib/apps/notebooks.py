@@ -4,8 +4,12 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, contextmanager
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -13,15 +17,22 @@ import papermill
 
 from cplib.apps.pages import write_pages
 from cplib.apps.workspace import ROOT
-from cplib.study.sweep import UsageError, Workspace, estimate
+from cplib.study.sweep import UsageError, Workspace, estimate, jobs_here
 from cplib.study.tables import all_runs
 
 NOTEBOOKS = ROOT / "notebooks"
+TRAINING = "02"  # trains what the others read
+MOST = 4  # notebooks at a time: each takes a gigabyte or two
+NOTING = threading.Lock()  # two notebooks may end at once
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
 
 def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
-    """Execute notebooks in their order; 0 if all ran, 1 if one failed."""
+    """Execute notebooks; 0 if all ran, 1 if one failed.
+
+    Those that train nothing run side by side. Raises DataError, before anything starts, where the
+    training would meet an image that cannot be read.
+    """
     parameters = {
         "profile": workspace.profile.name,
         "data": relative(workspace.places.data),
@@ -31,19 +42,67 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
     deadline = time.time() + workspace.budget if workspace.budget else None
     print(f"profile {workspace.profile.name}: {', '.join(workspace.categories)};", end=" ")
     print(f"device {workspace.places.device}\nresults in {workspace.results}", flush=True)
-    cost = estimate(all_runs(workspace), workspace.places)
+    runs = all_runs(workspace)
+    cost = estimate(runs, workspace.places)
     if cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
+    if workspace.places.data and any(path.name.startswith(TRAINING) for path in chosen):
+        for category, size in dict.fromkeys((run.category, run.size) for run in runs):
+            for split in ("train", "test"):
+                workspace.load(category, split, size)
     failed = []
-    for path in chosen:
+    for group in _groups(chosen) if workspace.missing(runs) else [chosen]:
         if deadline:
             os.environ["CPLIB_BUDGET"] = f"{max(1, deadline - time.time()):.0f}s"
-        if not run_one(path, workspace.results, parameters):
-            failed.append(path.name)
+        train = workspace.profile.small and group[0].name > TRAINING and workspace.missing(runs)
+        jobs = 1 if train else min(MOST, len(group), jobs_here())
+        failed += _run_group(group, workspace.results, parameters, jobs)
     print(f"pages: {write_pages(workspace.results)}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _groups(chosen: list[Path]) -> list[list[Path]]:
+    """The notebooks before the one that trains, that one, and those after."""
+    number = lambda path: (path.name > TRAINING) + (path.name[:2] > TRAINING)  # noqa: E731
+    return [list(group) for _, group in groupby(chosen, number)]
+
+
+def _run_group(group: list[Path], results: Path, parameters: dict, jobs: int) -> list[str]:
+    """Execute notebooks, ``jobs`` at a time; the names of those that failed."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if jobs > 1 and not threads:
+        os.environ["OMP_NUM_THREADS"] = f"{max(1, jobs_here() // jobs)}"
+    log = results / "notebooks" / "kernel.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    one = partial(run_one, results=results, parameters=parameters, progress=jobs == 1)
+    try:
+        # The kernels start where this process is: papermill's own cwd is no matter of one thread.
+        with chdir(NOTEBOOKS), quiet(log), ThreadPoolExecutor(jobs) as pool:
+            errors = dict(zip(group, pool.map(one, group), strict=True))
+    finally:
+        if jobs > 1 and not threads:
+            del os.environ["OMP_NUM_THREADS"]
+    for error in filter(None, errors.values()):
+        print(f"  {error}", file=sys.stderr)
+    return [path.name for path, error in errors.items() if error]
+
+
+class Progress:
+    """Where a notebook's standard output goes: shows how many of its runs are done."""
+
+    def __init__(self, stem: str):
+        self.stem = stem
+
+    def write(self, text: str) -> None:
+        """Show the last of the text's lines that counts runs."""
+        if lines := [line for line in text.splitlines() if line.startswith("runs: ")]:
+            print(f"\r{self.stem} ... {lines[-1]:<60}", end="")
+
+    def flush(self) -> None:
+        """Show it now."""
+        sys.stdout.flush()
 
 
 def choose(only: str, start: str) -> list[Path]:
@@ -59,11 +118,11 @@ def choose(only: str, start: str) -> list[Path]:
     return chosen
 
 
-def run_one(path: Path, results: Path, parameters: dict) -> bool:
-    """Execute one notebook into ``results/notebooks``, print its line, say whether it ran.
+def run_one(path: Path, results: Path, parameters: dict, progress: bool = False) -> str:
+    """Execute one notebook into ``results/notebooks`` and print its line; the error, if it failed.
 
-    One that fails is kept as ``<name>.failed.ipynb``: an executed notebook is replaced only by one
-    that ran to its end.
+    With ``progress`` a line counts its runs while it trains. A notebook that fails is kept as
+    ``<name>.failed.ipynb``: an executed one is replaced only by one that ran to its end.
     """
     known = papermill.inspect_notebook(str(path))
     if unknown := sorted(set(parameters) - set(known)):  # papermill would only warn
@@ -71,24 +130,24 @@ def run_one(path: Path, results: Path, parameters: dict) -> bool:
     out = results / "notebooks" / path.name
     failed = out.with_suffix(".failed.ipynb")
     out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{path.stem} ...", end="", flush=True)
     began = time.time()
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    options = {"cwd": NOTEBOOKS, "progress_bar": False, "kernel_name": "python3"}
+    options = {"progress_bar": False, "kernel_name": "python3"}
+    if progress:
+        print(f"{path.stem} ...", end="", flush=True)
+        options["stdout_file"] = Progress(path.stem)
     try:
-        with quiet(out.parent / "kernel.log"):
-            papermill.execute_notebook(path, failed, parameters, coalesce_streams=True, **options)
+        papermill.execute_notebook(path, failed, parameters, coalesce_streams=True, **options)
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # or its kernel died
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-        print(f" FAILED after {(time.time() - began) / 60:.1f} min")
-        print(f"  {what}\n  see {failed}", file=sys.stderr)
-        return False
+        print(f"\r{path.stem} ... {f'FAILED after {(time.time() - began) / 60:.1f} min':<60}")
+        return f"{what}\n  see {failed}"
     failed.replace(out)
     forget_paths(out)
     minutes = round((time.time() - began) / 60, 1)
-    print(f" {minutes} min", flush=True)
+    print(f"\r{path.stem} ... {f'{minutes} min':<60}", flush=True)
     note_minutes(results / "minutes.json", path.stem, minutes)
-    return True
+    return ""
 
 
 def forget_paths(out: Path) -> None:
@@ -101,9 +160,10 @@ def forget_paths(out: Path) -> None:
 
 def note_minutes(file: Path, notebook: str, minutes: float) -> None:
     """Keep the longest that a notebook took: with everything still to train."""
-    noted = json.loads(file.read_text()) if file.exists() else {}
-    noted[notebook] = max(minutes, noted.get(notebook, 0))
-    file.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
+    with NOTING:
+        noted = json.loads(file.read_text()) if file.exists() else {}
+        noted[notebook] = max(minutes, noted.get(notebook, 0))
+        file.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
 
 
 def relative(folder: Path | None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from cplib import datasets
-from cplib.apps.demo import make_demo
 from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
 from cplib.study.sweep import ENGINES, UsageError, Workspace
@@ -58,7 +57,11 @@ def _data(profile: Profile, data: str) -> Path | None:
         if not root.is_dir():
             raise UsageError(f"no such data folder: {root}")
         return root
-    return make_demo(ROOT / "data" / "demo") if profile.dataset == "demo" else None
+    if profile.dataset != "demo":
+        return None
+    from cplib.apps import demo  # here: it takes a second
+
+    return demo.make_demo(ROOT / "data" / f"demo-{demo.VERSION}")
 
 
 def _categories(profile: Profile, wanted: str, root: Path | None) -> tuple[str, ...]:

@@ -10,14 +10,13 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import sklearn
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -113,7 +112,8 @@ def describe(run: Run, images: dict, history: list[dict], trained_on: dict, plac
     """
     seconds = round(float(history[-1]["seconds"]), 2) if history else 0.0
     file = weights_file(run.backbone, places.weights) if run.init == "imagenet" else None
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, sklearn)}
+    versions = {"torch": torch.__version__, "sklearn": version("scikit-learn")}
+    versions["torchvision"] = version("torchvision")  # not imported: that takes a second
     python = {"python": platform.python_version(), "platform": platform.platform()}
     return {
         "version": RECORD_VERSION,

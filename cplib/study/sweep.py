@@ -29,6 +29,7 @@ from cplib.train import OutOfTime, device_name, read_checkpoint, training
 ENGINES = ("local", "ray")
 GPU_BYTES = 10 * 2**30  # a run's at most: 96 images of 256 px in fp32
 RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
+BAR = "{desc}: {n} of {total} done, {remaining} left"
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
 
 
@@ -195,15 +196,17 @@ def execute_all(
     if engine == "ray":
         work = _on_ray(todo, options)
     else:
-        work = _on_joblib(todo, options, min(jobs or _jobs(places.device, threads), len(todo)))
-    bar = tqdm(work, total=len(todo), desc="runs", disable=not todo, file=sys.stdout)
+        work = _on_joblib(todo, options, min(jobs or jobs_here(places.device, threads), len(todo)))
+    shown = {"bar_format": BAR, "disable": not todo, "file": sys.stdout}
+    bar = tqdm(work, total=len(todo), desc="runs", **shown)
     with warnings.catch_warnings():  # joblib renews a worker whose memory has grown, and warns
         warnings.filterwarnings("ignore", "A worker stopped")
         outcomes = {outcome.run: outcome for outcome in bar}
     return [outcomes[run] for run in todo]
 
 
-def _jobs(device: str, threads: int) -> int:
+def jobs_here(device: str = "cpu", threads: int = 1) -> int:
+    """Runs that this machine executes at a time: by its cores, or a GPU's memory; $CPLIB_JOBS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if asked := os.environ.get("CPLIB_JOBS"):
         return max(1, int(asked))
@@ -241,7 +244,7 @@ def _on_ray(todo: list[Run], options: dict) -> Iterator[Outcome]:
     needs = {"num_cpus": options["threads"], "max_retries": RETRIES}
     device = options["places"].device
     if torch.device(device).type == "cuda":
-        needs["num_gpus"] = 1 / _jobs(device, options["threads"])
+        needs["num_gpus"] = 1 / jobs_here(device, options["threads"])
     remote = ray.remote(**needs)(attempt)
     waiting = {remote.remote(run, **options): run for run in todo}
     while waiting:

@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import skimage.data
-import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, zeros
@@ -102,6 +101,8 @@ def digit_images() -> Array:
     folder = os.environ.get("CPLIB_MNIST", "")
     if not folder:
         return (load_digits().images * 255 / 16).astype(np.uint8)
+    import torchvision
+
     try:
         return torchvision.datasets.MNIST(folder, train=False).data.numpy()
     except RuntimeError:

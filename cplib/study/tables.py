@@ -286,12 +286,10 @@ def _sensitivity_plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
     Of the categories at hand those that the profile names for the study, else the first.
     """
     profile, study = workspace.profile, workspace.profile.sensitivity
-    unstated = name == "unstated_choices"
-    wanted = study.open_categories if unstated else study.categories
+    wanted = study.open_categories if name == "unstated_choices" else study.categories
     categories = [c for c in workspace.categories if c in wanted]
     categories = categories or (workspace.categories[:1] if wanted else workspace.categories)
-    seeds = workspace.seeds or (profile.seeds if unstated else study.seeds)
-    bases = profile.runs((METHOD,), categories, seeds, **study.protocol)
+    bases = profile.runs((METHOD,), categories, workspace.seeds or study.seeds, **study.protocol)
     plan = [
         (row, base if replace(base, **changes) == base else replace(base, curve=0, **changes))
         for row, changes in settings(profile, name).items()
