@@ -307,7 +307,7 @@ def test_what_is_asked_for_wrongly_is_one_line_and_exit_2(saved, tmp_path, capsy
 
 
 def test_own_folders_make_a_detector_and_what_is_wrong_with_them_is_said(
-    demo_root, tmp_path, capsys, monkeypatch
+    demo_root, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path / "results"))
     results = tmp_path / "results" / "smoke"
