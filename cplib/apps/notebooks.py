@@ -11,6 +11,7 @@ from contextlib import chdir, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -56,7 +57,7 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
             os.environ["CPLIB_BUDGET"] = f"{max(1, deadline - time.time()):.0f}s"
         train = workspace.profile.small and group[0].name > TRAINING and workspace.missing(runs)
         jobs = 1 if train else min(MOST, len(group), jobs_here())
-        failed += _run_group(group, workspace.results, parameters, jobs)
+        failed += _run_group(group, workspace, parameters, jobs)
     print(f"pages: {write_pages(workspace.results)}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -69,21 +70,19 @@ def _groups(chosen: list[Path]) -> list[list[Path]]:
     return [list(group) for _, group in groupby(chosen, number)]
 
 
-def _run_group(group: list[Path], results: Path, parameters: dict, jobs: int) -> list[str]:
+def _run_group(group: list[Path], workspace: Workspace, parameters: dict, jobs: int) -> list[str]:
     """Execute notebooks, ``jobs`` at a time; the names of those that failed."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if jobs > 1 and not threads:
-        os.environ["OMP_NUM_THREADS"] = f"{max(1, jobs_here() // jobs)}"
+    results, weights = workspace.results, workspace.places.weights
+    environment = {"CPLIB_RESULTS": f"{results.parent}", "CPLIB_WEIGHTS": f"{weights or ''}"}
+    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = f"{max(1, jobs_here() // jobs)}"
     log = results / "notebooks" / "kernel.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     one = partial(run_one, results=results, parameters=parameters, progress=jobs == 1)
-    try:
-        # The kernels start where this process is: papermill's own cwd is no matter of one thread.
-        with chdir(NOTEBOOKS), quiet(log), ThreadPoolExecutor(jobs) as pool:
+    # The kernels start with the environment and the folder that this process is in.
+    with patch.dict(os.environ, environment), chdir(NOTEBOOKS), quiet(log):
+        with ThreadPoolExecutor(jobs) as pool:
             errors = dict(zip(group, pool.map(one, group), strict=True))
-    finally:
-        if jobs > 1 and not threads:
-            del os.environ["OMP_NUM_THREADS"]
     for error in filter(None, errors.values()):
         print(f"  {error}", file=sys.stderr)
     return [path.name for path, error in errors.items() if error]
