@@ -80,9 +80,13 @@ def _run_group(group: list[Path], workspace: Workspace, parameters: dict, jobs: 
     log.parent.mkdir(parents=True, exist_ok=True)
     one = partial(run_one, results=results, parameters=parameters, progress=jobs == 1)
     # The kernels start with the environment and the folder that this process is in.
-    with patch.dict(os.environ, environment), chdir(NOTEBOOKS), quiet(log):
-        with ThreadPoolExecutor(jobs) as pool:
-            errors = dict(zip(group, pool.map(one, group), strict=True))
+    with (
+        patch.dict(os.environ, environment),
+        chdir(NOTEBOOKS),
+        quiet(log),
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        errors = dict(zip(group, pool.map(one, group), strict=True))
     for error in filter(None, errors.values()):
         print(f"  {error}", file=sys.stderr)
     return [path.name for path, error in errors.items() if error]
