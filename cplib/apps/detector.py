@@ -216,8 +216,7 @@ def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
     """Score (N,) of each image's features z (N, P, D) under the density of the other folds.
 
     Without ``folds``: ten where each place has its Gaussian, else one image at a time is left
-    out. The fewer images a Gaussian has, the higher it scores new ones: the median of the demo's
-    64 sieves is a fifth higher with five folds than with 64.
+    out: the fewer images a Gaussian has, the higher it scores new ones.
     """
     n = len(z)
     folds = min(n, folds or (10 if by_position(run) else n))

@@ -23,7 +23,7 @@ from cplib.study.tables import all_runs
 
 NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
-MOST = 4  # notebooks at a time: each takes a gigabyte or two
+MOST = 4  # notebooks at a time: each takes about a gigabyte
 NOTING = threading.Lock()  # two notebooks may end at once
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
