@@ -61,6 +61,8 @@ class DataSet:
     objects: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()  # one Gaussian for each position (A.5)
     train: tuple[int, ...] = ()  # official numbers of training images, in the categories' order
+    normal: tuple[int, ...] = ()  # and of normal and of anomalous test images
+    anomalous: tuple[int, ...] = ()
     published: bool = False  # whether the paper has numbers for it
 
     @property
@@ -94,6 +96,8 @@ MVTEC = DataSet(
         "zipper",
     ),
     train=(280, 264, 245, 230, 247, 209, 224, 219, 391, 220, 267, 320, 60, 213, 240),
+    normal=(28, 21, 32, 33, 19, 20, 58, 23, 40, 22, 26, 41, 12, 60, 32),
+    anomalous=(89, 57, 92, 84, 60, 63, 92, 109, 70, 93, 141, 119, 30, 40, 119),
     published=True,
 )
 DEMO = DataSet(textures=("brick", "fabric"), objects=("sieve",), aligned=("sieve",))
@@ -304,6 +308,12 @@ def load(
         images = _decode(Path(root, category), items, shape, masked)
         _keep(images, entry)
     return images
+
+
+def original_size(root: str | Path, category: str) -> tuple[int, int]:
+    """Width and height in pixels of the category's first test image, as its file has it."""
+    with Image.open(files(Path(root), category, "test")[0][0].image) as image:
+        return image.size
 
 
 def image_files(folder: str | Path) -> list[Path]:

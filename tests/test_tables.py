@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cplib import datasets
+from cplib.datasets import MVTEC
 from cplib.metrics import auroc_between
 from cplib.run import Run
 from cplib.score import Scorer
@@ -28,11 +29,20 @@ def workspace_of(name, results, *categories, seeds=None):
     return Workspace(profile, categories or profile.categories, Places(results), seeds)
 
 
-def record(results, run, auroc=90.0, curve=None):
+def official(category):
+    """Counts of a category's images as MVTec AD has them."""
+    i = MVTEC.categories.index(category)
+    normal, anomalous = MVTEC.normal[i], MVTEC.anomalous[i]
+    here = {"train": MVTEC.train[i], "normal": normal, "anomalous": anomalous}
+    return here | {"masks": anomalous, "size": [900, 900]}
+
+
+def record(results, run, auroc=90.0, curve=None, images=None, weights=None):
     """Write the folder of a made-up finished run; ``curve`` is {update: AUROC noted}."""
     folder = run_folder(run, results)
     folder.mkdir(parents=True)
-    head = {"version": RECORD_VERSION, "run": asdict(run), "threads": 1, "weights": None}
+    head = {"version": RECORD_VERSION, "run": asdict(run), "threads": 1, "weights": weights}
+    head |= {"images": images or official(run.category)}
     head |= {"data": {"train": "", "test": ""}, "device": "made up", "precision": "fp32"}
     head |= {"train_seconds": 1.0, "images_per_second": 1.0}
     (folder / "run.json").write_text(json.dumps(head))
@@ -249,3 +259,17 @@ def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_p
         if not run_folder(run, tmp_path).exists():
             record(tmp_path, run)
     assert "seeds: 1 (CutPaste-3way)" in tables.caption(workspace, STUDIES[0])
+
+
+def test_what_is_missing_or_substituted_is_said_beside_the_numbers(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "tile", "grid")
+    runs = workspace.runs(("pretrained",))
+    assert tables.shortfalls(workspace, runs) == ""
+    record(tmp_path, runs[0], weights={"file": "resnet18-f37072fd.pth"})
+    assert tables.shortfalls(workspace, runs) == "ImageNet weights: resnet18-f37072fd.pth."
+    few = official("grid") | {"normal": 5, "masks": 0, "size": [256, 256]}
+    record(tmp_path, runs[1], images=few, weights={"file": "resnet18_imagenet_pqf.pth"})
+    said = tables.shortfalls(workspace, runs)
+    assert "resnet18_imagenet_pqf.pth (a substitute for torchvision's" in said
+    assert "Of grid 5 of 21 normal test images. Of grid no masks." in said
+    assert said.endswith("The images came resized, at 256x256 px.") and "tile" not in said

@@ -1,8 +1,11 @@
 """The paper's claims (``claims.csv``), each with its verdict from the measured runs.
 
-A claim's ``order`` lists methods, the better first: "a b > c" compares a with c and b with c, and
-"a > b > c" each with the next. A claim with a ``setting`` says instead that no two of its values
-differ by more than a margin: the range of the paper's own averages and two of its standard errors.
+A claim's ``order`` lists methods, or values of its ``setting``, the better first: "a b > c"
+compares a and b with c, "a > b > c" each with the next; the better may fall short by ``tolerance``
+points. ``group`` names the categories that it is about, "textures" or "aligned". A claim with a
+setting and no order says that no two of its values differ by more than a margin: the range of the
+paper's own averages and two of its standard errors. ``null`` is the same order with an untrained
+network in the trained one's place: where it holds, training is not what makes the claim hold.
 """
 
 from itertools import combinations, pairwise, product
@@ -10,25 +13,36 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_1samp
+from scipy.stats import t, ttest_1samp
 
+from cplib.datasets import DATASETS
+from cplib.run import BASELINES
 from cplib.study import features
 from cplib.study.figures import NAMES
 from cplib.study.published import published, save_markdown
 from cplib.study.sweep import Workspace
-from cplib.study.tables import METHOD, TABLES, values_of
+from cplib.study.tables import METHOD, MIXTURE, TABLES, density_metrics, shortfalls, values_of
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+WITHOUT_TRAINING = "holds without training"
 INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_MEASURED)
+NOT_IMPLEMENTED = "not implemented"
+VERDICTS = (REPRODUCED, WITHOUT_TRAINING, NOT_REPRODUCED, INCONCLUSIVE, NOT_MEASURED)
+VERDICTS += (NOT_IMPLEMENTED,)
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
 LEVELS = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
 COLUMNS = ["id", "claim", "source", "verdict", "weakest", "effect", "low", "high", "margin"]
-COLUMNS += ["paper_effect", "categories", "compared", "comparisons"]
+COLUMNS += ["paper_effect", "null", "null_effect", "null_low", "null_high"]
+COLUMNS += ["categories", "needed", "compared", "comparisons"]
+MOST_CATEGORIES = 1000  # of those that would decide a claim
+
+AVERAGES = {"textures": "average_texture"}  # the paper's, of a group
+_NOTHING, _EMPTY = pd.DataFrame(), pd.Series(dtype=float)
 
 Cells = dict[str, pd.Series]  # a row's mean over the seeds, by category
+Pair = tuple[str, str]
 
 
 def measured(workspace: Workspace) -> dict[str, pd.DataFrame]:
@@ -36,84 +50,128 @@ def measured(workspace: Workspace) -> dict[str, pd.DataFrame]:
     places = workspace.places._replace(data=None)
     records = Workspace(workspace.profile, workspace.categories, places, workspace.seeds)
     frames = {name: values_of(records, name) for name in CLAIMS["table"].unique() if name in TABLES}
-    return frames | {"features": _features(records)}
+    return frames | {"features": _features(records), "density": _densities(records)}
 
 
 def _features(workspace: Workspace) -> pd.DataFrame:
-    """AUROC between groups of features after training (Fig. 3): a row a run and pair of groups.
+    """AUROC between groups of features (Fig. 3): a row a run and pair of groups.
 
-    Against normal images by the Gaussian, between anomalies by a classifier.
+    Against normal images by the Gaussian, between anomalies by a classifier. A baseline's pairs
+    are "untrained/normal/anomaly", the trained network's "normal/anomaly".
     """
     rows = []
-    for run in workspace.runs((METHOD,)):
+    for run in workspace.runs(features.STAGES):
         found = features.record(run, workspace.places) or {"gaussian_auroc": {}, "pairs": {}}
         values = {f"normal/{group}": value for group, value in found["gaussian_auroc"].items()}
         for pair, numbers in found["pairs"].items():
             if not pair.startswith("normal"):
                 values[pair.replace(" ", "/")] = numbers["classifier_auroc"]
-        rows += [(name, run.category, run.seed, value) for name, value in values.items()]
+        stage = "" if run.method == METHOD else f"{run.method}/"
+        rows += [(stage + name, run.category, run.seed, value) for name, value in values.items()]
     return pd.DataFrame(rows, columns=["method", "category", "seed", "auroc"])
+
+
+def _densities(workspace: Workspace) -> pd.DataFrame:
+    """Image AUROC by one Gaussian and by a mixture (footnote 1), on the same features."""
+    rows = []
+    for run in workspace.runs((METHOD,)):
+        fits = density_metrics(run, workspace.places) or []
+        names = {f"{run.reg_covar:g}": "one", MIXTURE: "mixture"}
+        for fit in (f for f in fits if f["l2_normalise"] == run.l2_normalise):
+            if name := names.get(fit["covariance"]):
+                rows.append((name, run.category, run.seed, fit["image_auroc"]))
+    return pd.DataFrame(rows, columns=["method", "category", "seed", "image_auroc"])
 
 
 def verdicts(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A row a claim: verdict, effect and its 95 % interval, the paper's effect, what is behind it.
 
     ``effect`` is in percentage points: of several comparisons the smallest difference, along a
-    setting the largest. Reproduced: every interval lies above zero (along a setting: within the
-    margin), and every comparison was measured. Not reproduced: one lies wholly below (beyond the
-    margin). Else inconclusive, as with fewer than LEAST_CATEGORIES categories.
+    setting the largest; ``paper_effect`` is the paper's of the same pair. Reproduced: every
+    interval lies above zero (along a setting: within the margin), and every comparison was
+    measured; holds without training: so does every interval of the null. Not reproduced: one lies
+    wholly below (beyond the margin). Else inconclusive, as with fewer than LEAST_CATEGORIES
+    categories; ``needed`` is how many would decide it if they were like those measured.
     """
     rows = [_row(claim, frames) for claim in CLAIMS.itertuples()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
-    numbers = pd.DataFrame() if claim.table == "features" else published(claim.table)
-    printed = _cells(numbers, claim.metric, "published_mean", claim.setting)
-    cells = _cells(
-        frames.get(claim.table, pd.DataFrame()), claim.metric, claim.metric, claim.setting
-    )
-    categories = sorted({c for row in cells.values() for c in row.index})
+    row = {"id": claim.id, "claim": claim.claim, "source": claim.source}
+    numbers = published(claim.table) if claim.table not in ("features", "density") else _NOTHING
+    printed = _cells(numbers, claim, "published_mean")
+    cells = _cells(frames.get(claim.table, _NOTHING), claim, claim.metric)
+    categories = sorted({c for found in cells.values() for c in found.index})
     given = {name: pd.Series(level, categories) for name, level in LEVELS.items()}
     cells |= given | {name: printed[name] for name in QUOTED if name in printed}
     tried = dict.fromkeys([*printed, *(name for name in cells if name not in given)])
-    pairs = list(combinations(tried, 2)) if claim.setting else _pairs(claim)
-    found = {pair: gaps for pair in pairs if len(gaps := _gaps(pair, cells))}
-    margin = _margin(numbers, claim.setting) if claim.setting else np.nan
-    row = {"id": claim.id, "claim": claim.claim, "source": claim.source, "margin": margin}
-    row |= {"compared": len(found), "comparisons": len(pairs)}
-    row["categories"] = min(map(len, found.values()), default=0)
-    row["paper_effect"] = _printed(pairs, printed, bool(claim.setting))
-    if not found:
-        return row | {"verdict": NOT_MEASURED}
-    return row | _judge(found, margin, complete=len(found) == len(pairs))
+    both_ways = not claim.order
+    pairs = list(combinations(tried, 2)) if both_ways else _pairs(claim.order)
+    margin = _margin(numbers, claim.setting) if both_ways else _tolerance(claim)
+    row |= {"margin": margin, "comparisons": len(pairs)}
+    judged = _judge(pairs, _gaps(pairs, cells, claim.group), margin, both_ways)
+    if claim.table not in (*TABLES, "features", "density"):
+        judged["verdict"] = NOT_IMPLEMENTED
+    average = AVERAGES.get(claim.group, "average_all")
+    weakest = judged.get("weakest")
+    row |= judged | {"paper_effect": _printed(pairs, weakest, printed, average, both_ways)}
+    nulls = [_null(claim, baseline, cells) for baseline in BASELINES if claim.null]
+    best = max(nulls, key=lambda null: null.get("effect", -np.inf), default={})
+    if best.get("weakest"):
+        row |= {"null": best["weakest"]}
+        row |= {f"null_{name}": best.get(name) for name in ("effect", "low", "high")}
+    if row["verdict"] == REPRODUCED and any(n["verdict"] == REPRODUCED for n in nulls):
+        row["verdict"] = WITHOUT_TRAINING
+    return row
 
 
-def _pairs(claim) -> list[tuple[str, str]]:
-    groups = [part.split() for part in claim.order.split(">")]
+def _null(claim, baseline: str, cells: Cells) -> dict:
+    """What becomes of a claim with a baseline in place of the trained network."""
+    pairs = _pairs(claim.null.replace(BASELINES[0], baseline))
+    return _judge(pairs, _gaps(pairs, cells, claim.group), _tolerance(claim))
+
+
+def _tolerance(claim) -> float:
+    return float(claim.tolerance or "nan")
+
+
+def _pairs(order: str) -> list[tuple[str, str]]:
+    groups = [part.split() for part in order.split(">")]
     return [pair for better, worse in pairwise(groups) for pair in product(better, worse)]
 
 
-def _cells(frame: pd.DataFrame, metric: str, column: str, setting: str) -> Cells:
+def _cells(frame: pd.DataFrame, claim, column: str) -> Cells:
     """The means over seeds of a column, by row and category; a row is a method, or a value."""
     if frame.empty or column not in frame:
         return {}
     if "metric" in frame:
-        frame = frame[frame["metric"] == metric]
-    if setting:
-        frame = frame[frame["setting"] == setting]
+        frame = frame[frame["metric"] == claim.metric]
+    if claim.setting:
+        frame = frame[frame["setting"] == claim.setting]
     frame = frame.dropna(subset=column)
     if "source" in frame:  # of Table 6: only images that every method was tried on
         methods = frame.groupby("source")["method"].transform("nunique")
         frame = frame[methods == frame["method"].nunique()]
-    groups = frame.groupby("value" if setting else "method")
+    groups = frame.groupby("value" if claim.setting else "method")
     return {name: part.groupby("category")[column].mean() for name, part in groups}
 
 
-def _gaps(pair: tuple[str, str], cells: Cells) -> pd.Series:
-    """How far the first lies above the second, in each category that both have."""
-    first, second = (cells.get(name, pd.Series(dtype=float)) for name in pair)
-    return (first - second).dropna().drop(["average_all"], errors="ignore")
+def _gaps(pairs: list[Pair], cells: Cells, group: str) -> dict[Pair, pd.Series]:
+    """By how much the first of a pair lies above the second, in each category that both have.
+
+    Pairs without a category are left out.
+    """
+    found = {}
+    for first, second in pairs:
+        gaps = (cells.get(first, _EMPTY) - cells.get(second, _EMPTY)).dropna()
+        wanted = (
+            {c for data in DATASETS.values() for c in getattr(data, group)} if group else gaps.index
+        )
+        gaps = gaps[[c for c in gaps.index if c in wanted and not c.startswith("average")]]
+        if len(gaps):
+            found[first, second] = gaps
+    return found
 
 
 def interval(gaps: pd.Series, comparisons: int = 1) -> tuple[float, float]:
@@ -128,10 +186,19 @@ def interval(gaps: pd.Series, comparisons: int = 1) -> tuple[float, float]:
     return tuple(ttest_1samp(gaps, 0).confidence_interval(1 - 0.05 / comparisons))
 
 
-def _judge(found: dict[tuple[str, str], pd.Series], margin: float, *, complete: bool) -> dict:
-    """Verdict, effect and interval of a claim's comparisons, the weakest of them named."""
-    both_ways = not np.isnan(margin)
-    if both_ways:  # no two values may differ by more than the margin: either way
+def _judge(
+    pairs: list[Pair], found: dict[Pair, pd.Series], margin: float, both_ways: bool = False
+) -> dict:
+    """Verdict, effect and interval of a claim's comparisons, the weakest of them named.
+
+    ``found`` holds the differences of those ``pairs`` that were measured. ``both_ways``: no two
+    may differ by more than the margin; else the first may fall short by it.
+    """
+    row = {"verdict": NOT_MEASURED, "compared": len(found)}
+    row["categories"] = min(map(len, found.values()), default=0)
+    if not found:
+        return row
+    if both_ways:
         found = {
             p if g.mean() > 0 else p[::-1]: g if g.mean() > 0 else -g for p, g in found.items()
         }
@@ -141,13 +208,29 @@ def _judge(found: dict[tuple[str, str], pd.Series], margin: float, *, complete: 
     sure = [interval(gaps, len(found)) for gaps in found.values()]
     if both_ways:
         low, high = max(0.0, *(low for low, _ in sure)), max(high for _, high in limits)
-        holds, fails = high <= margin, low > margin
+        holds, fails, bound = high <= margin, low > margin, margin
     else:
+        bound = -margin if margin == margin else 0.0
         low, high = min(low for low, _ in limits), min(high for _, high in sure)
-        holds, fails = low > 0, high < 0
-    verdict = REPRODUCED if holds and complete else NOT_REPRODUCED if fails else INCONCLUSIVE
+        holds, fails = low > bound, high < bound
+    complete = len(found) == len(pairs)
+    row["verdict"] = REPRODUCED if holds and complete else NOT_REPRODUCED if fails else INCONCLUSIVE
+    if row["verdict"] == INCONCLUSIVE and not holds:
+        row["needed"] = categories_needed(found[pair] - bound)
     finite = {"low": low, "high": high} if np.isfinite(high) else {}
-    return {"verdict": verdict, "weakest": " over ".join(pair), "effect": means[pair]} | finite
+    return row | {"weakest": " over ".join(pair), "effect": means[pair]} | finite
+
+
+def categories_needed(gaps: pd.Series) -> float:
+    """How many categories would put zero outside the 95 % interval, were they like these.
+
+    Infinitely many above MOST_CATEGORIES; NaN for one category, which says nothing of the spread.
+    """
+    if len(gaps) < 2:
+        return np.nan
+    n = np.arange(LEAST_CATEGORIES, MOST_CATEGORIES + 1)
+    enough = n[t.ppf(0.975, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
+    return float(enough[0]) if len(enough) else np.inf
 
 
 def _margin(numbers: pd.DataFrame, setting: str) -> float:
@@ -156,13 +239,23 @@ def _margin(numbers: pd.DataFrame, setting: str) -> float:
     return means.max() - means.min() + 2 * errors.max()
 
 
-def _printed(pairs: list, printed: Cells, both_ways: bool = False) -> float:
-    """As ``effect``, from the paper's averages over its fifteen; NaN where it prints none."""
-    means = {name: cells.get("average_all", np.nan) for name, cells in printed.items()}
-    if both_ways:
-        return max(means.values()) - min(means.values())
-    gaps = [means.get(better, np.nan) - means.get(worse, np.nan) for better, worse in pairs]
-    return min(gaps, default=np.nan)
+def _printed(
+    pairs: list[Pair], weakest: str | None, printed: Cells, average: str, both_ways: bool
+) -> float:
+    """The paper's difference of the weakest pair, by its averages; NaN where it prints none.
+
+    Where nothing was measured, of the weakest pair of its own.
+    """
+    means = {name: cells.get(average, np.nan) for name, cells in printed.items()}
+    gaps = {
+        f"{a} over {b}": means.get(a, np.nan) - means.get(b, np.nan)
+        for pair in pairs
+        for a, b in (pair, pair[::-1])
+    }
+    if weakest:
+        return gaps[weakest]
+    own = [gaps[f"{a} over {b}"] for a, b in pairs]
+    return max(map(abs, own), default=np.nan) if both_ways else min(own, default=np.nan)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +266,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             "verdict": row.verdict,
             "difference [95 %]": _difference_text(row),
             "the paper's": _signed(row.paper_effect),
-            "categories": str(row.categories or ""),
+            "without training": _null_text(row),
+            "categories": _categories_text(row),
         }
         for row in table.itertuples()
     }
@@ -184,13 +278,34 @@ def _difference_text(row) -> str:
     """The effect and its interval, the margin that counts, and which of several comparisons."""
     if pd.isna(row.effect):
         return ""
-    text = _signed(row.effect)
-    text += "" if pd.isna(row.low) else f" [{_signed(row.low)}, {_signed(row.high)}]"
+    text = _interval_text(row.effect, row.low, row.high)
     text += "" if pd.isna(row.margin) else f", margin {row.margin:.1f}"
     if row.comparisons > 1:
-        names = (NAMES.get(name, name) for name in row.weakest.split(" over "))
-        text += f"; {' over '.join(names)}, the weakest of {row.compared}"
+        text += f"; {_pair_text(row.weakest)}, the weakest of {row.compared}"
     return text
+
+
+def _null_text(row) -> str:
+    if pd.isna(row.null):
+        return ""
+    text = _interval_text(row.null_effect, row.null_low, row.null_high)
+    return f"{text}; {_pair_text(row.null)}"
+
+
+def _pair_text(pair: str) -> str:
+    return " over ".join(NAMES.get(name, name) for name in pair.split(" over "))
+
+
+def _interval_text(effect: float, low: float, high: float) -> str:
+    return _signed(effect) + ("" if pd.isna(low) else f" [{_signed(low)}, {_signed(high)}]")
+
+
+def _categories_text(row) -> str:
+    """How many categories were compared, and how many would decide what is inconclusive."""
+    if pd.isna(row.needed):
+        return str(row.categories or "")
+    enough = f"{row.needed:.0f}" if np.isfinite(row.needed) else f"over {MOST_CATEGORIES}"
+    return f"{row.categories}; {enough} would decide"
 
 
 def _signed(value: float) -> str:
@@ -201,9 +316,13 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     """Write ``results/tables/claims.csv`` and ``.md``; returns the path of the CSV."""
     note = (
         f"Profile {workspace.profile.name}. AUROC, percentage points; 95 % intervals (Student's) "
-        "over categories. Inconclusive: the interval holds both answers, a comparison is missing, "
-        f"or there are fewer than {LEAST_CATEGORIES} categories."
+        "over categories. Without training: the same comparison with a random or an ImageNet "
+        "network in place of the trained one, the better of the two. Inconclusive: the interval "
+        "holds both answers, a comparison is missing, or there are fewer than "
+        f"{LEAST_CATEGORIES} categories; then, how many would decide it if they were like these."
     )
+    runs = workspace.runs((METHOD,))
+    note = f"{note} {shortfalls(workspace, runs)}".strip()
     path = save_markdown(workspace.results, "claims", note, {"": readable(table)})
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.4f")
     return path.with_suffix(".csv")

@@ -27,6 +27,11 @@ NAMES = {
     "level7_pretrained": "ImageNet, level 7",
     "level7_finetuned": "finetuned, level 7",
     "cutpaste_3way_patch": "CutPaste-3way (patch)",
+    "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
+    "untrained_shared": "untrained (one Gaussian)",
+    "untrained_ensemble": "untrained, ensemble",
+    "one": "one Gaussian",
+    "mixture": "mixture",
     "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
     "ensemble": "Ensemble",
     "docc": "DOCC (quoted)",
@@ -113,6 +118,7 @@ def scatter(ax: Axes, groups: dict[str, list]) -> None:
 
 VERDICT_MARKS = {
     "reproduced": ("o", "C2"),
+    "holds without training": ("P", "C1"),
     "not reproduced": ("X", "C3"),
     "inconclusive": ("s", "C7"),
 }

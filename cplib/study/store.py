@@ -33,6 +33,7 @@ PEAK = "peak_within_16px"
 RECORD = {
     "threads": int,
     "data": dict,
+    "images": dict,
     "weights": dict | None,
     "device": str,
     "precision": str,
@@ -124,9 +125,22 @@ def describe(run: Run, images: dict, history: list[dict], trained_on: dict, plac
         "precision": trained_on["precision"],
         "git_commit": git_commit(),
         "data": {split: datasets.fingerprint(part) for split, part in images.items()},
+        "images": counts(images, datasets.original_size(places.data, run.category)),
         "weights": {"file": file.name, "sha256": weights_digest(file)} if file else None,
         "train_seconds": seconds,
         "images_per_second": round(run.images / seconds, 2) if seconds else None,
+    }
+
+
+def counts(images: dict, size: tuple[int, int]) -> dict:
+    """How many images of each sort a category has at hand, and the size that they came in."""
+    anomalous = int(images["test"].labels.sum())
+    return {
+        "train": len(images["train"]),
+        "normal": len(images["test"]) - anomalous,
+        "anomalous": anomalous,
+        "masks": 0 if images["test"].masks is None else anomalous,
+        "size": list(size),
     }
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from sklearn.mixture import GaussianMixture
 
 from cplib import datasets
 from cplib.density import Gaussian, held_out, l2_normalise
@@ -26,6 +27,7 @@ from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
 BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
 PASTED = ("cutout", METHOD)  # Table 6
+PIXEL_LEVEL = (*BASELINES, f"{METHOD}_gradcam", f"{METHOD}_patch", f"{METHOD}_patch_shared")
 LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 AXES = {
@@ -34,6 +36,14 @@ AXES = {
     "unstated_choices": ("head", "translate", "jitter"),  # ours: the paper is silent on them
 }
 RELATIVE = ("learning_rate", "updates")  # values are multiples of the protocol's own
+MIXTURE = "2 Gaussians"  # a row of density.json, by scikit-learn (footnote 1)
+SORTS = {"train": "training", "normal": "normal test", "anomalous": "anomalous test"}
+MVTEC_LEAST_SIDE = 700  # pixels of the smallest official images
+# Files that stand in for the weights that the paper names.
+SUBSTITUTES = {
+    "resnet18_imagenet_pqf.pth": "a substitute for torchvision's: quantised, fine-tuned and "
+    "decoded, 66.7 % top-1"
+}
 REGULARISERS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # tried in place of a run's
 
 
@@ -113,7 +123,8 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     paper = datasets.DATASETS[workspace.profile.dataset].published and name != "unstated_choices"
     rows = [tuple(row) for row in table.rows(workspace.profile)]
     tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
-    note = caption(workspace, name) + (f" {table.note}" if table.note else "")
+    parts = caption(workspace, name), table.note, shortfalls(workspace, planned(workspace, name))
+    note = " ".join(filter(None, parts))
     save_table(tidy, workspace.results, name, note, down=table.down)
     return tidy
 
@@ -124,9 +135,7 @@ def caption(workspace: Workspace, name: str) -> str:
     run = next((r for r in runs if r.method == METHOD), runs[0])
     done = [r for r in runs if store.run_folder(r, workspace.results).exists()]
     records = [store.read(store.run_folder(r, workspace.results))[1] for r in done]
-    files = {r["weights"]["file"] for r in records if r["weights"]}
-    start = f"ImageNet weights {', '.join(sorted(files))}".strip()
-    start = "random weights" if run.init == "random" else start
+    start = "random weights" if run.init == "random" else "ImageNet weights"
     used = " and ".join(sorted({r["precision"] for r in records}))
     split = {"CutPaste-3way": [r for r in done or runs if r.method == METHOD]}
     split["other methods"] = [r for r in done or runs if r.method != METHOD]
@@ -142,6 +151,35 @@ def caption(workspace: Workspace, name: str) -> str:
         f"trained in {used}, scored in fp32" if used else "",
     ]
     return ", ".join(filter(None, parts)) + "."
+
+
+def shortfalls(workspace: Workspace, runs: Iterable[Run]) -> str:
+    """In what the finished runs differ from the paper's: weights of other files, images missing.
+
+    From the runs' records, a sentence each; MVTec AD's images from the official numbers.
+    """
+    folders = {run: store.run_folder(run, workspace.results) for run in runs}
+    records = {run: store.read(folder)[1] for run, folder in folders.items() if folder.exists()}
+    files = {r["weights"]["file"] for r in records.values() if r["weights"]}
+    parts = [f"ImageNet weights: {', '.join(map(_weights, sorted(files)))}."] if files else []
+    found = {run.category: record["images"] for run, record in records.items()}
+    data = datasets.DATASETS[workspace.profile.dataset]
+    for name, here in found.items() if data.train else ():
+        i = data.categories.index(name)
+        for sort in ("train", "normal", "anomalous"):
+            if here[sort] < (official := getattr(data, sort)[i]):
+                parts.append(f"Of {name} {here[sort]} of {official} {SORTS[sort]} images.")
+        if not here["masks"]:
+            parts.append(f"Of {name} no masks.")
+    resized = [name for name, here in found.items() if max(here["size"]) < MVTEC_LEAST_SIDE]
+    if data.train and resized:
+        w, h = found[resized[0]]["size"]
+        parts.append(f"The images came resized, at {w}x{h} px.")
+    return " ".join(parts)
+
+
+def _weights(file: str) -> str:
+    return f"{file} ({SUBSTITUTES[file]})" if file in SUBSTITUTES else file
 
 
 def _seeds(runs: list[Run]) -> str:
@@ -163,17 +201,19 @@ def shown(table: pd.DataFrame, *others: str) -> pd.DataFrame:
 def ensemble(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
     """Rows "ensemble": the mean of the scores of each category's cutpaste_3way seeds (4.1).
 
-    ``table`` is what ``collect`` gave; a category needs two seeds. How the paper combines scores
-    is not said; a mean keeps their scale, which the Gaussian's distance makes comparable.
+    And "untrained_ensemble" of random networks, beside which a claim on it is judged. ``table`` is
+    what ``collect`` gave; a category needs two seeds. How the paper combines scores is not said; a
+    mean keeps their scale, which the Gaussian's distance makes comparable.
     """
-    rows = []
-    for category, part in table[table["method"] == METHOD].groupby("category"):
+    rows, names = [], {METHOD: "ensemble", "untrained": "untrained_ensemble"}
+    parts = table[table["method"].isin(names)].groupby(["method", "category"])
+    for (method, category), part in parts:
         if len(part) < 2:
             continue
         files = [store.read_scores(workspace.results / "runs" / id) for id in part["id"]]
         mean = sum(f.set_index("file")["score"] for f in files) / len(files)
         labels = files[0].set_index("file")["label"].reindex(mean.index)
-        row = {"method": "ensemble", "category": category, "seed": 0, "members": len(part)}
+        row = {"method": names[method], "category": category, "seed": 0, "members": len(part)}
         rows.append(row | image_metrics(labels, mean))
     return pd.DataFrame(rows)
 
@@ -225,7 +265,7 @@ def density_metrics(run: Run, places: store.Places) -> list[dict] | None:
     """What other covariances would do to an image-level run, else None.
 
     A row for each, of features scaled to length one and not: its ``image_auroc``, percent, and
-    ``held_out`` (see ``density``), None where it cannot be fitted.
+    ``held_out`` (see ``density``), None where it cannot be fitted. A mixture has no ``held_out``.
     """
     fits = {f"{r:g}": partial(Gaussian.fit, reg_covar=r) for r in REGULARISERS}
     fits |= {"Ledoit-Wolf": Gaussian.fit_shrunk}
@@ -237,6 +277,10 @@ def density_metrics(run: Run, places: store.Places) -> list[dict] | None:
             for name, fit in fits.items():
                 row = {"covariance": name, "l2_normalise": l2}
                 rows.append(row | _fitted(fit, z, z_test, test.labels))
+            mixture = GaussianMixture(2, reg_covar=run.reg_covar, random_state=0).fit(z.double())
+            auroc = image_metrics(test.labels, -mixture.score_samples(z_test.double()))
+            row = {"covariance": MIXTURE, "l2_normalise": l2, "held_out": None}
+            rows.append(row | {"image_auroc": auroc["image_auroc"]})
         return {"fits": rows}
 
     found = store.cached(run, "density", compute, places)
@@ -338,6 +382,17 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
     return pd.concat([patch, pd.DataFrame(cams)])
 
 
+def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
+    """The patch model and its baselines; where places have Gaussians of their own, also without."""
+    plan = []
+    for run in workspace.profile.patch_runs(workspace.categories, workspace.seeds):
+        name = f"{METHOD}_patch" if run.method == METHOD else run.method
+        plan.append((Row(name), run))
+        if run.per_position and run.method != "pretrained":
+            plan.append((Row(f"{name}_shared"), replace(run, gaussians="shared")))
+    return plan
+
+
 def _finetune_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
     few = [c for c in workspace.categories if c in workspace.profile.ablation]
     runs = workspace.profile.finetune_runs(few or workspace.categories, workspace.seeds)
@@ -387,11 +442,9 @@ TABLES = {
     ),
     "table2_pixel_level": Table(
         notebook="04",
-        rows=_rows("fcdd", "p_svdd", *BASELINES, f"{METHOD}_gradcam", f"{METHOD}_patch"),
+        rows=_rows("fcdd", "p_svdd", *PIXEL_LEVEL),
         metrics=PIXEL_METRICS,
-        plan=lambda w: _plan(
-            w.profile.patch_runs(w.categories, w.seeds), {METHOD: f"{METHOD}_patch"}
-        ),
+        plan=_pixel_plan,
         values=_pixel_level,
         note="GradCAM: of the networks of Table 1.",
     ),
