@@ -3,10 +3,10 @@
     python benchmarks/schedule.py --data DIR --out results/quick/tables/schedule_choice.csv
 
 Every fifth training image is held out, and a network trained on the others. The held-out images
-then answer two questions: how often the pretext task is right on them, and with what AUROC the
-Gaussian of the other images tells them from copies with an anomaly in them: CutPaste's own two, and
-two painted shapes that training has never seen (section 5.3). Rows are appended to ``--out``, and
-what stands there is not measured again.
+then answer two questions: how often the pretext task is right on them (on crops as in training, and
+on whole images), and with what AUROC the Gaussian of the other images tells them from copies with
+an anomaly in them: CutPaste's own two, and two painted shapes that training has never seen (section
+5.3). Rows are appended to ``--out``, and what stands there is not measured again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ PAINTED = (("square", "color"), ("heart", "natural"))
 SMALL = {"side": (0.06, 0.2), "least": 1}
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.001, "warmup": 0.1, "updates": 120}
 PLAIN = ADAMW | {"head_batchnorm": False, "crop": 128}
+LONG = PLAIN | {"learning_rate": 0.0005, "crop": 0, "updates": 256}
 CANDIDATES = {
     "untrained": {"updates": 0},
     "AdamW 0.001, 128-px crops, head without BatchNorm": PLAIN,
@@ -41,6 +42,9 @@ CANDIDATES = {
     "... images resized to 128 px": PLAIN | {"crop": 0, "size": 128},
     "... head with BatchNorm": PLAIN | {"head_batchnorm": True},
     "... SGD 0.1": PLAIN | {"optimizer": "sgd", "learning_rate": 0.1},
+    # Minutes more of a core: candidates for a long schedule.
+    "long: whole images": LONG,
+    "long: 128-px crops, then whole images": LONG | {"crop": 128, "whole": 3 / 7, "updates": 448},
 }
 
 
@@ -56,10 +60,10 @@ def held_out_images(held: Tensor, run: Run) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def pretext_accuracy(run: Run, net: PretextNet, held: Tensor) -> float:
+def pretext_accuracy(run: Run, net: PretextNet, held: Tensor, crop: int) -> float:
     """Percent of the pretext task's answers that are right, one batch of all images."""
-    whole = replace(run, sources=len(held))
-    images, labels = train.draw(whole, held, torch.Generator().manual_seed(0), run.crop)
+    every = replace(run, sources=len(held))
+    images, labels = train.draw(every, held, torch.Generator().manual_seed(0), crop)
     answers = torch.cat([net(x).argmax(1) for x in images.split(32)])
     return 100 * (answers == labels).float().mean().item()
 
@@ -71,7 +75,9 @@ def measure(run: Run, pixels: Tensor) -> list[dict]:
     z, z_held = (embed(net, part) for part in (pixels[~held], pixels[held]))
     seconds = history["seconds"].iloc[-1] if len(history) else 0.0
     row = {"category": run.category, "seed": run.seed, "precision": train.precision(run, "cpu")}
-    row |= {"minutes": seconds / 60, "pretext_accuracy": pretext_accuracy(run, net, pixels[held])}
+    row["minutes"] = seconds / 60
+    for name, crop in (("pretext_accuracy", run.crop), ("whole_accuracy", 0)):
+        row[name] = pretext_accuracy(run, net, pixels[held], crop)
     rows = []
     for kind, images in held_out_images(pixels[held], run).items():
         features = embed(net, images)

@@ -10,7 +10,7 @@ from cplib.run import BASELINES, Run
 METHOD = "cutpaste_3way"
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", METHOD)
 # The patch model trains on crops of 64 px (4.2) and scores windows of 32 px at stride 4 (A.5).
-PATCH = {"crop": 64, "window": 32, "stride": 4}
+PATCH = {"crop": 64, "whole": 0.0, "window": 32, "stride": 4}
 # The head alone for 10 "epochs", then all layers for 64, 24 images a batch (A.4).
 FINETUNE = {
     "backbone": "efficientnet_b4",
@@ -19,6 +19,7 @@ FINETUNE = {
     "optimizer": "sgd",
     "warmup": 0.0,
     "crop": 0,
+    "whole": 0.0,
     "head_batchnorm": True,
     "head_updates": 2560,
     "updates": 16_384,
