@@ -89,8 +89,9 @@ def upsample(
 def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     """GradCAM anomaly maps (N, H, W) of the image-level model, for uint8 images (N, 3, H, W).
 
-    Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly. Layer and
-    target are our choice, the paper names neither (4.2).
+    Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly; evidence
+    for "normal" is negative and kept, so that no map is flat. Layer and target are our choice, the
+    paper names neither (4.2).
     """
     from captum.attr import LayerGradCam
 
@@ -104,6 +105,6 @@ def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     maps = []
     for chunk in pixels.split(CHUNK):
         x = (chunk.to(device).float() / 255).requires_grad_()
-        small = cam.attribute(x, relu_attributions=True).detach()
+        small = cam.attribute(x).detach()
         maps.append(F.interpolate(small, chunk.shape[2:], mode="bilinear")[:, 0].cpu())
     return torch.cat(maps)

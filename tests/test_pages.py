@@ -16,7 +16,6 @@ from cplib.study.profiles import PROFILES
 from cplib.study.published import against_paper, save_table
 from cplib.study.store import Places
 from cplib.study.sweep import Workspace
-from cplib.study.tables import TABLES
 
 T1, T2 = "table1_image_level", "table2_pixel_level"
 NOTEBOOKS = ("03_image_level_table", "05_pretrained_vs_finetuned")
@@ -39,26 +38,31 @@ def results(tmp_path):
     (folder / "figures" / "03_curve.png").write_bytes(b"")
     (folder / "minutes.json").write_text(json.dumps({NOTEBOOKS[0]: 1.5}))
     output = new_output("execute_result", {"text/html": "<table><td>91</td></table>"})
-    cells = [new_markdown_cell("# A title, $a^2$"), new_code_cell("table", outputs=[output])]
+    first = new_markdown_cell("# A title, $a^2$\n\n$$\\frac{a}{b}$$\n\n[next](04_next.ipynb)")
+    hidden = new_code_cell("import plumbing", metadata={"tags": ["hide-input"]})
+    cells = [first, hidden, new_code_cell("table", outputs=[output])]
     for name in (*NOTEBOOKS, "04_pixel_level_table.failed"):
         nbformat.write(new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
     return folder
 
 
-def test_the_readme_names_every_table_notebook_and_figure_measured_or_not(results):
-    text = write_pages(results).read_text()
-    assert text.startswith("# Profile quick\n")
-    for name in ("claims", *TABLES):
-        title = f"## {name.replace('_', ' ').capitalize()}\n"
-        part = text.split(title)[1].split("\n## ")[0]
-        assert ("Not measured." in part) == (name not in ("claims", T1, T2)), name
-    assert "91.0 (99.2±0.2)" in text  # CutPaste's bottle
-    for name in NOTEBOOKS:
-        assert f"- [{name}](notebooks/{name}.ipynb) ([page](notebooks/{name}.html))" in text
-    assert "04_pixel" not in text  # failed
-    assert "![03_curve](figures/03_curve.png)" in text
+def test_the_overview_has_findings_first_then_each_notebooks_tables_and_figures(results):
+    index = write_pages(results)
+    text = (results / "README.md").read_text()
+    assert text.startswith("# Profile quick\n\n## Findings\n")
+    assert "**Pixel-level AUROC of CutPaste-3way (patch): 77.8 %**" in text
+    assert "| quick | 0 |" in text
+    image, finetuned = text.split("## [03 Image level table](notebooks/")[1].split("\n## [05 ")
+    assert "91.0 (99.2±0.2)" in image  # CutPaste's bottle
+    assert image.index("### Table1 image level") < image.index("![Curve](figures/03_curve.png)")
+    assert "Not measured." in finetuned
+    assert "04 Pixel" not in text  # failed
+    page = BeautifulSoup(index.read_text(), "html.parser")
+    links = [tag["href"] for tag in page.select("h2 a[href^=notebooks]")]
+    assert links == [f"notebooks/{name}.html" for name in NOTEBOOKS]
     (results / "empty").mkdir()
-    assert write_pages(results / "empty").read_text().count("Not measured.") == 1 + len(TABLES)
+    write_pages(results / "empty")
+    assert "Nothing is measured yet." in (results / "empty" / "README.md").read_text()
 
 
 def test_every_notebook_has_a_page_that_opens_without_a_network(results):
@@ -73,6 +77,9 @@ def test_every_notebook_has_a_page_that_opens_without_a_network(results):
         assert "@import" not in styles
         assert page.select_one("h1").get_text().startswith("A title")
         assert page.select_one("td").get_text() == "91"
+        assert page.select_one("img.math")["src"].startswith("data:image/svg+xml")
+        assert page.select_one('a[href="04_next.html"]')
+        assert "plumbing" not in page.body.get_text()
 
 
 def test_a_page_is_made_again_only_when_its_notebook_is_newer(results):
@@ -92,16 +99,16 @@ def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_pat
     (tmp_path / "results" / "demo").symlink_to(results)
     (tmp_path / "notebooks").symlink_to(results / "notebooks")
     names = ("table1", "table2", "claims", "minutes")
-    parts = [f"<!-- {name} begin -->\nold\n<!-- {name} end -->\n" for name in names]
+    parts = [f"<!-- {name} begin -->\nstale\n<!-- {name} end -->\n" for name in names]
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "between\n".join(parts) + "after\n")
     fill_readme()
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     image, pixel, claims, minutes = (text.split(f"<!-- {name} ")[1] for name in names)
     assert "| image AUROC, % | bottle | average all | average measured |" in image
     assert "| CutPaste | 91.0 (99.2±0.2) | (90.9±0.7) | 91.0 (99.2±0.2) |" in image
     assert "| pixel AUROC, % |" in pixel and "77.8 (" in pixel
-    assert "| quick | 0 | 0 | 0 | 25 |" in claims
+    assert "| quick | 0 | 0 | 0 | 0 |" in claims
     name = NOTEBOOKS[0]
     assert f"| [{name}](results/demo/notebooks/{name}.ipynb) | title, $a^2$ | 1.5 |" in minutes

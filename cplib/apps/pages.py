@@ -1,11 +1,17 @@
 """A profile's executed notebooks as pages, and its tables as Markdown; README's tables."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
+import matplotlib
+import nbformat
 import pandas as pd
+from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.apps.workspace import ROOT
 from cplib.study.claims import VERDICTS
@@ -13,33 +19,108 @@ from cplib.study.figures import NAMES
 from cplib.study.published import markdown, wide
 from cplib.study.tables import TABLES, shown
 
+PLUMBING = {"hide-input", "parameters", "injected-parameters"}  # tags of cells whose code is hidden
+OTHERS = {"11": ("claims",), "09": ("schedule_choice",)}  # of notebooks without a table
+# Wide tables and code scroll by themselves on a phone; at night the page is dark, figures are not.
+STYLE = """<style>
+body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
+.jp-RenderedHTMLCommon { overflow-x: auto; }
+img { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) {
+  html { filter: invert(.92) hue-rotate(180deg); background: #141414; }
+  img:not(.math) { filter: invert(1) hue-rotate(180deg); }
+}
+</style></head>"""
+
 
 def write_pages(results: Path) -> Path:
-    """Write ``results/README.md`` and, by nbconvert, a page a notebook; returns the former's path.
+    """Write ``results/README.md`` and, by nbconvert, pages that need no network; the first's path.
 
-    The pages need no network and open from disk. What was not measured is named.
+    ``index.html`` is that README; every notebook has a page, with its plumbing hidden.
     """
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.mathjax_url = exporter.require_js_url = ""
     notebooks = sorted(results.glob("notebooks/[0-9][0-9]_*.ipynb"))
     notebooks = [path for path in notebooks if not path.stem.endswith(".failed")]
     for path in notebooks:
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime_ns < path.stat().st_mtime_ns:
-            page.write_text(exporter.from_filename(str(path))[0])
-    parts = [f"# Profile {results.name}", "## Notebooks"]
-    parts += [
-        f"- [{p.stem}](notebooks/{p.name}) ([page](notebooks/{p.stem}.html))" for p in notebooks
-    ]
-    for name in ("claims", *TABLES):
-        file = results / "tables" / f"{name}.md"
-        text = file.read_text() if file.exists() else "Not measured.\n"
-        parts += [f"\n## {name.replace('_', ' ').capitalize()}\n", text]
-    parts += ["## Figures\n"]
-    parts += [f"![{p.stem}](figures/{p.name})\n" for p in sorted(results.glob("figures/*.png"))]
-    index = results / "README.md"
-    index.write_text("\n".join(parts))
+            page.write_text(_page(nbformat.read(path, 4), path.stem))
+    text = _overview(results, notebooks)
+    (results / "README.md").write_text(text)
+    index = results / "index.html"
+    cell = nbformat.v4.new_markdown_cell(text)
+    index.write_text(_page(nbformat.v4.new_notebook(cells=[cell]), f"Profile {results.name}"))
     return index
+
+
+def _page(notebook, title: str) -> str:
+    """A notebook as HTML; links to notebooks lead to their pages, equations are pictures."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\$\$(.+?)\$\$", _equation, cell.source, flags=re.DOTALL)
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.mathjax_url = exporter.require_js_url = ""
+    hide = TagRemovePreprocessor(remove_input_tags=PLUMBING)
+    exporter.register_preprocessor(hide, enabled=True)
+    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    html = re.sub(r'(href="[^"/:]*(?:notebooks/)?[^"/:]*)\.ipynb"', r'\1.html"', html)
+    return html.replace("</head>", STYLE, 1)
+
+
+def _equation(match: re.Match) -> str:
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"}):
+        math_to_image(f"${match[1].strip()}$", picture, format="svg")
+    coded = base64.b64encode(picture.getvalue()).decode()
+    return f'<img class="math" alt="equation" src="data:image/svg+xml;base64,{coded}">'
+
+
+def _overview(results: Path, notebooks: list[Path]) -> str:
+    """Findings first, then each notebook's tables and figures in the notebooks' order."""
+    parts = [f"# Profile {results.name}", "## Findings", *_findings(results)]
+    for path in notebooks:
+        number, title = path.stem[:2], path.stem[3:].replace("_", " ").capitalize()
+        parts.append(f"## [{number} {title}](notebooks/{path.name})")
+        names = [name for name, table in TABLES.items() if table.notebook == number]
+        for name in (*names, *OTHERS.get(number, ())):
+            file = results / "tables" / f"{name}.md"
+            if file.exists() or name in TABLES:
+                text = file.read_text().strip() if file.exists() else "Not measured."
+                parts.append(f"### {name.replace('_', ' ').capitalize()}\n\n{text}")
+        for figure in sorted(results.glob(f"figures/{number}_*.png")):
+            caption = figure.stem[3:].replace("_", " ").capitalize()
+            parts.append(f"![{caption}](figures/{figure.name})\n\n*{caption}*")
+    return "\n\n".join(parts) + "\n"
+
+
+def _findings(results: Path) -> list[str]:
+    """Two averages beside their nulls and the paper's, and how many claims have which verdict."""
+    rows = {
+        "table1_image_level": ("image_auroc", "cutpaste_3way"),
+        "table2_pixel_level": ("pixel_auroc", "cutpaste_3way_patch"),
+    }
+    found = []
+    for name, (metric, method) in rows.items():
+        file = results / "tables" / f"{name}.csv"
+        table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["metric", "category"])
+        for average in ("average_all", "average_measured"):
+            part = table[(table["metric"] == metric) & (table["category"] == average)]
+            part = part.set_index("method") if len(part) else part
+            if method in part.index and pd.notna(part["mean"][method]):
+                found.append(_finding(part, metric, method))
+                break
+    if (results / "tables" / "claims.csv").exists():
+        found.append(readme_claims(results))
+    return found or ["Nothing is measured yet."]
+
+
+def _finding(part: pd.DataFrame, metric: str, method: str) -> str:
+    ours, theirs = part["mean"][method], part["published_mean"][method]
+    kind = {"image_auroc": "Image", "pixel_auroc": "Pixel"}[metric]
+    text = f"**{kind}-level AUROC of {NAMES[method]}: {ours:.1f} %** on average over the categories"
+    text += "" if pd.isna(theirs) else f" (the paper's on the same: {theirs:.1f})"
+    nulls = part["mean"].reindex(["untrained", "pretrained"]).dropna()
+    beside = ", ".join(f"{NAMES[name]} {value:.1f}" for name, value in nulls.items())
+    return f"{text}. Without training: {beside or 'not measured'}."
 
 
 def readme_table(results: Path, name: str, metric: str) -> str:

@@ -222,13 +222,13 @@ def _judge(
 
 
 def categories_needed(gaps: pd.Series) -> float:
-    """How many categories would put zero outside the 95 % interval, were they like these.
+    """How many categories more than these would put zero outside the interval, were they alike.
 
     Infinitely many above MOST_CATEGORIES; NaN for one category, which says nothing of the spread.
     """
     if len(gaps) < 2:
         return np.nan
-    n = np.arange(LEAST_CATEGORIES, MOST_CATEGORIES + 1)
+    n = np.arange(max(LEAST_CATEGORIES, len(gaps) + 1), MOST_CATEGORIES + 1)
     enough = n[t.ppf(0.975, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
     return float(enough[0]) if len(enough) else np.inf
 
@@ -310,6 +310,24 @@ def _categories_text(row) -> str:
 
 def _signed(value: float) -> str:
     return "" if pd.isna(value) else f"{value:+.1f}"
+
+
+def seen(workspace: Workspace, *names: str) -> str:
+    """What was seen of the claims about these tables, as Markdown: verdicts first."""
+    table = verdicts(measured(workspace))
+    table = table[table["id"].isin(CLAIMS.loc[CLAIMS["table"].isin(names), "id"])]
+    return "\n".join(f"- {_sentence(row)}" for row in table.itertuples())
+
+
+def _sentence(row) -> str:
+    text = f"**{row.verdict.capitalize()}**: {row.claim}"
+    if not pd.isna(row.effect):
+        text += f" {_interval_text(row.effect, row.low, row.high)} points"
+        if row.comparisons > 1:
+            text += f" ({_pair_text(row.weakest)}, the weakest of {row.compared})"
+        text += f", categories: {row.categories}"
+        text += "." if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}."
+    return text if pd.isna(row.null) else f"{text} Without training: {_null_text(row)}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:

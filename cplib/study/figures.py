@@ -1,5 +1,6 @@
 """One style for every figure, saved by name."""
 
+import zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,6 +9,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torch import Generator, Tensor
+
+from cplib.augment import METHODS, pretext_batch
+from cplib.datasets import DEMO, MVTEC
 
 NAMES = {
     "untrained": "untrained",
@@ -41,13 +46,31 @@ NAMES = {
 }
 
 
+PALETTE = sns.color_palette("colorblind")
+_MARKED = (*DEMO.categories, *MVTEC.categories)
+
+
+def mark(category: str) -> dict:
+    """Colour and marker of a category, the same in every figure; of an unknown one by its name."""
+    known = category in _MARKED
+    i = _MARKED.index(category) if known else zlib.crc32(category.encode())
+    return {"color": PALETTE[i % 10], "marker": "osX^vDP*<>"[(i + i // 10) % 10]}
+
+
+def method_colour(method: str):
+    """Colour of a method, the same in every figure: greys for what is not trained."""
+    greys = {"untrained": "0.65", "pretrained": "0.35"}
+    names = [name for name in NAMES if name not in greys]
+    return greys.get(method) or PALETTE[names.index(method) % 10]
+
+
 def use_style() -> None:
     """The companion's look: seaborn's colour-blind palette, light grid, small type."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update(
         {
             "figure.constrained_layout.use": True,
-            "figure.dpi": 60,
+            "figure.dpi": 100,
             "savefig.dpi": 110,
             "image.cmap": "viridis",
             "svg.hashsalt": "cplib",
@@ -169,21 +192,32 @@ def _forest_legend() -> tuple[list, list]:
     return [*marks, paper, margin], [*VERDICT_MARKS, "the paper's", "margin"]
 
 
-def dot_plot(grid, paper=None) -> Figure:
-    """Image AUROC of methods: a mark a category, a line for their mean, diamonds for the paper.
+def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
+    """Image AUROC of methods: a mark a category, a line for their mean.
 
-    ``grid`` has a row a category and a column a method, as ``published.common`` gives it; ``paper``
-    holds the paper's averages over its fifteen categories, where the data are its own.
+    ``grid`` has a row a category and a column a method, as ``published.common`` gives it.
     """
     fig, ax = plt.subplots(figsize=(1.2 * grid.shape[1] + 3, 3.6))
-    for i, (category, row) in enumerate(grid.iterrows()):
-        ax.plot(range(len(row)), row, "osX^vP*"[i % 7], color=f"C{i}", ms=8, label=category)
+    for category, row in grid.iterrows():
+        ax.plot(range(len(row)), row, ls="", ms=8, label=category, **mark(category))
     ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=28, mew=2, label="mean")
-    if paper is not None:
-        theirs = paper.reindex(grid.columns)
-        style = {"mfc": "none", "mec": "0.4", "ms": 9, "label": "the paper's mean"}
-        ax.plot(range(grid.shape[1]), theirs, "D", **style)
-    ax.set_xticks(range(grid.shape[1]), [NAMES[m] for m in grid], rotation=20, ha="right")
-    ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5))
+    ax.axhline(50, color="0.6", lw=1)
+    ax.set_xticks(range(grid.shape[1]), [names.get(m, m) for m in grid], rotation=20, ha="right")
+    ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5), ylim=(None, 101))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return fig
+
+
+def class_rows(x: Tensor, methods: tuple[str, ...], options: dict) -> dict[str, list]:
+    """Normal images (B, 3, H, W) in [0, 1], then a row for each class that a method makes of them.
+
+    ``options`` are those of ``augment.pretext_batch``.
+    """
+    rows = {"normal": list(x)}
+    for method in methods:
+        images, _ = pretext_batch(x, method, Generator().manual_seed(0), options)
+        classes = [name for name in METHODS[method] if name != "normal"]
+        for name, part in zip(classes, images.split(len(x))[1:], strict=True):
+            label = NAMES[method] if len(classes) == 1 else f"{NAMES[method]}:\n{NAMES[name]}"
+            rows[label] = list(part)
+    return rows
