@@ -38,7 +38,9 @@ def results(tmp_path):
     (folder / "figures" / "03_curve.png").write_bytes(b"")
     (folder / "minutes.json").write_text(json.dumps({NOTEBOOKS[0]: 1.5}))
     output = new_output("execute_result", {"text/html": "<table><td>91</td></table>"})
-    first = new_markdown_cell("# A title, $a^2$\n\n$$\\frac{a}{b}$$\n\n[next](04_next.ipynb)")
+    first = new_markdown_cell(
+        "# A title, $a^2$\n\n$$\\frac{a}{b}$$\n\n*Expect*: a fraction. [next](04_next.ipynb)"
+    )
     hidden = new_code_cell("import plumbing", metadata={"tags": ["hide-input"]})
     cells = [first, hidden, new_code_cell("table", outputs=[output])]
     for name in (*NOTEBOOKS, "04_pixel_level_table.failed"):
@@ -96,19 +98,22 @@ def test_a_page_is_made_again_only_when_its_notebook_is_newer(results):
 
 def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    (tmp_path / "results" / "demo").symlink_to(results)
+    for name in ("demo", "long"):
+        (tmp_path / "results" / name).symlink_to(results)
     (tmp_path / "notebooks").symlink_to(results / "notebooks")
-    names = ("table1", "table2", "claims", "minutes")
+    names = ("results", "table1", "long", "table2", "claims", "minutes")
     parts = [f"<!-- {name} begin -->\nstale\n<!-- {name} end -->\n" for name in names]
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "between\n".join(parts) + "after\n")
     fill_readme()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    image, pixel, claims, minutes = (text.split(f"<!-- {name} ")[1] for name in names)
+    found, image, _, pixel, claims, minutes = (text.split(f"<!-- {name} ")[1] for name in names)
     assert "| image AUROC, % | bottle | average all | average measured |" in image
+    assert "- `quick`: **Pixel-level AUROC of CutPaste-3way (patch): 77.8 %**" in found
     assert "| CutPaste | 91.0 (99.2±0.2) | (90.9±0.7) | 91.0 (99.2±0.2) |" in image
     assert "| pixel AUROC, % |" in pixel and "77.8 (" in pixel
     assert "| quick | 0 | 0 | 0 | 0 |" in claims
     name = NOTEBOOKS[0]
-    assert f"| [{name}](results/demo/notebooks/{name}.ipynb) | title, $a^2$ | 1.5 |" in minutes
+    line = f"| [A title, $a^2$](results/demo/notebooks/{name}.ipynb) | a fraction | 1.5 |"
+    assert line in minutes

@@ -17,7 +17,7 @@ from cplib.apps.workspace import ROOT
 from cplib.study.claims import VERDICTS
 from cplib.study.figures import NAMES
 from cplib.study.published import markdown, wide
-from cplib.study.tables import TABLES, shown
+from cplib.study.tables import METHOD, TABLES, shown
 
 PLUMBING = {"hide-input", "parameters", "injected-parameters"}  # tags of cells whose code is hidden
 OTHERS = {"11": ("claims",), "09": ("schedule_choice",)}  # of notebooks without a table
@@ -26,6 +26,7 @@ STYLE = """<style>
 body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
 .jp-RenderedHTMLCommon { overflow-x: auto; }
 img { max-width: 100%; height: auto; }
+img.math { height: 2.2em; }
 @media (prefers-color-scheme: dark) {
   html { filter: invert(.92) hue-rotate(180deg); background: #141414; }
   img:not(.math) { filter: invert(1) hue-rotate(180deg); }
@@ -67,9 +68,13 @@ def _page(notebook, title: str) -> str:
 
 
 def _equation(match: re.Match) -> str:
+    """An equation as a picture; as it is where matplotlib does not know a symbol."""
     picture = io.BytesIO()
-    with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"}):
-        math_to_image(f"${match[1].strip()}$", picture, format="svg")
+    try:
+        with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"}):
+            math_to_image(f"${match[1].strip()}$", picture, format="svg")
+    except ValueError:
+        return match[0]
     coded = base64.b64encode(picture.getvalue()).decode()
     return f'<img class="math" alt="equation" src="data:image/svg+xml;base64,{coded}">'
 
@@ -94,29 +99,33 @@ def _overview(results: Path, notebooks: list[Path]) -> str:
 
 def _findings(results: Path) -> list[str]:
     """Two averages beside their nulls and the paper's, and how many claims have which verdict."""
-    rows = {
-        "table1_image_level": ("image_auroc", "cutpaste_3way"),
-        "table2_pixel_level": ("pixel_auroc", "cutpaste_3way_patch"),
-    }
-    found = []
-    for name, (metric, method) in rows.items():
-        file = results / "tables" / f"{name}.csv"
-        table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["metric", "category"])
-        for average in ("average_all", "average_measured"):
-            part = table[(table["metric"] == metric) & (table["category"] == average)]
-            part = part.set_index("method") if len(part) else part
-            if method in part.index and pd.notna(part["mean"][method]):
-                found.append(_finding(part, metric, method))
-                break
+    found = readme_results(results)
     if (results / "tables" / "claims.csv").exists():
         found.append(readme_claims(results))
     return found or ["Nothing is measured yet."]
 
 
-def _finding(part: pd.DataFrame, metric: str, method: str) -> str:
+def readme_results(results: Path) -> list[str]:
+    """A sentence on Table 1's average and one on Table 2's, where they are measured."""
+    found = []
+    for name, method in (("table1_image_level", METHOD), ("table2_pixel_level", f"{METHOD}_patch")):
+        file, metric = results / "tables" / f"{name}.csv", f"{name[7:12]}_auroc"
+        table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["metric"])
+        table = table[table["metric"] == metric]
+        for average in ("average_all", "average_measured") if len(table) else ():
+            part = table[table["category"] == average].set_index("method")
+            if pd.notna(part["mean"].get(method)):
+                found.append(_finding(table, part, method))
+                break
+    return found
+
+
+def _finding(table: pd.DataFrame, part: pd.DataFrame, method: str) -> str:
+    """The average of a method, what stands beside it, and of how many categories it is."""
     ours, theirs = part["mean"][method], part["published_mean"][method]
-    kind = {"image_auroc": "Image", "pixel_auroc": "Pixel"}[metric]
-    text = f"**{kind}-level AUROC of {NAMES[method]}: {ours:.1f} %** on average over the categories"
+    cells = table[(table["method"] == method) & ~table["category"].str.startswith("average")]
+    kind, n = table["metric"].iloc[0][:5].capitalize(), cells["mean"].notna().sum()
+    text = f"**{kind}-level AUROC of {NAMES[method]}: {ours:.1f} %** on average over {n} categories"
     text += "" if pd.isna(theirs) else f" (the paper's on the same: {theirs:.1f})"
     nulls = part["mean"].reindex(["untrained", "pretrained"]).dropna()
     beside = ", ".join(f"{NAMES[name]} {value:.1f}" for name, value in nulls.items())
@@ -141,20 +150,25 @@ def readme_claims(results: Path) -> str:
 
 
 def readme_minutes(results: Path) -> str:
-    """Each notebook's title, and the longest that it took: with everything to train."""
+    """What is in each notebook, and the longest that it took: with everything to train."""
     rows = {}
     for name, taken in json.loads((results / "minutes.json").read_text()).items():
         path = ROOT / "notebooks" / f"{name}.ipynb"
-        title = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines()[0]
-        link = f"[{name}](results/{results.name}/notebooks/{path.name})"
-        rows[link] = {"what": title.lstrip("# ").split(" ", 1)[1], "minutes": taken}
+        first = nbformat.read(path, 4).cells[0].source
+        title, expect = first.splitlines()[0].lstrip("# "), first.partition("*Expect*: ")[2]
+        link = f"[{title}](results/{results.name}/notebooks/{path.name})"
+        rows[link] = {"what": re.split(r"[.;:]", expect)[0], "minutes": taken}
     return markdown(pd.DataFrame(rows).T.rename_axis("notebook"))
 
 
 def fill_readme() -> None:
     """Write the README's tables, between their markers, from the committed results."""
     results, file = ROOT / "results", ROOT / "README.md"
+    found = {name: readme_results(results / name) for name in ("quick", "long")}
+    lines = [f"- `{name}`: {line}\n" for name, part in found.items() for line in part]
     parts = {
+        "results": "".join(lines),
+        "long": readme_table(results / "long", "table1_image_level", "image_auroc"),
         "table1": readme_table(results / "quick", "table1_image_level", "image_auroc"),
         "table2": readme_table(results / "quick", "table2_pixel_level", "pixel_auroc"),
         "claims": readme_claims(results / "quick"),
