@@ -23,7 +23,7 @@ pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 pytestmark = needs_chromium
 
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))]
-RUN = [name for name in NAMES if name[:2] in ("01", "12")]
+RUN = [name for name in NAMES if name[:2] in ("01", "03", "12")]
 
 # What a person would have: no question about news, and all cells drawn (else only those in sight).
 SETTINGS = {
@@ -38,7 +38,7 @@ IMAGES = """[...tab.node.querySelectorAll('.jp-OutputArea img')].map(image => im
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, demo_root) -> Path:
-    """A folder with two notebooks, their parameters set as ``run_all.sh`` sets them."""
+    """A folder with three notebooks, their parameters set as ``run_all.sh`` sets them."""
     desk = tmp_path_factory.mktemp("desk")
     for name in RUN:
         source, chosen = NOTEBOOKS / f"{name}.ipynb", {"profile": "smoke", "data": str(demo_root)}

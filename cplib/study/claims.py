@@ -316,7 +316,12 @@ def seen(workspace: Workspace, *names: str) -> str:
     """What was seen of the claims about these tables, as Markdown: verdicts first."""
     table = verdicts(measured(workspace))
     table = table[table["id"].isin(CLAIMS.loc[CLAIMS["table"].isin(names), "id"])]
-    return "\n".join(f"- {_sentence(row)}" for row in table.itertuples())
+    lines = [f"- {_sentence(row)}" for row in table.itertuples()]
+    head = "Differences are in points of AUROC, with a 95 % interval over categories in brackets; "
+    head += "notebook 11 says how verdicts are made."
+    if workspace.profile.dataset == "demo":
+        head += " On the demo set a verdict illustrates, and is no evidence for the method."
+    return "\n".join([head, "", *lines])
 
 
 def _sentence(row) -> str:

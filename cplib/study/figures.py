@@ -61,7 +61,8 @@ def method_colour(method: str):
     """Colour of a method, the same in every figure: greys for what is not trained."""
     greys = {"untrained": "0.65", "pretrained": "0.35"}
     names = [name for name in NAMES if name not in greys]
-    return greys.get(method) or PALETTE[names.index(method) % 10]
+    colours = [c for c in PALETTE if max(c) - min(c) > 0.1]  # no third grey
+    return greys.get(method) or colours[names.index(method) % len(colours)]
 
 
 def use_style() -> None:
