@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cplib.model import PretextNet, full_precision
+from cplib.model import PretextNet, full_precision, levels
 
 CHUNK = 8  # images of a GradCAM batch
 
@@ -43,6 +43,30 @@ def window_features(
         parts = [encode(part).cpu() for part in windows.split(batch)]
         features.append(torch.cat(parts).unflatten(0, shape))
     return torch.stack(features)
+
+
+@torch.inference_mode()
+@full_precision()
+def level_features(
+    net: PretextNet, pixels: Tensor, chosen: tuple[int, ...], *, batch: int = 16
+) -> Tensor:
+    """Features (N, rows, columns, D) at each place of an EfficientNet's maps, float32.
+
+    For uint8 images (N, 3, H, W). The maps of the ``chosen`` levels (``model.levels``), each
+    averaged over 3x3 places, are brought to the places of the deepest one and joined.
+    """
+    stages, features = levels(net.encoder)[: max(chosen)], []
+    for part in pixels.split(batch):
+        x = part.to(net.pixel_mean.device).float().div(255)
+        x = ((x - net.pixel_mean) / net.pixel_std).contiguous(memory_format=torch.channels_last)
+        maps = []
+        for number, stage in enumerate(stages, 1):
+            x = stage(x)
+            if number in chosen:
+                maps.append(F.avg_pool2d(x, 3, 1, 1))
+        maps = [F.adaptive_avg_pool2d(m, x.shape[2:]) for m in maps]
+        features.append(torch.cat(maps, 1).permute(0, 2, 3, 1).to(pixels.device))
+    return torch.cat(features)
 
 
 def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:

@@ -23,7 +23,16 @@ LEAST = {"size": 8, "sources": 1, "stride": 1} | dict.fromkeys(
     ("updates", "head_updates", "seed", "curve", "crop", "window"), 0
 )
 # Fields of scoring alone: runs that differ only in these share one trained network.
-SCORING = ("l2_normalise", "reg_covar", "window", "stride", "gaussians", "heat_std", "curve")
+SCORING = (
+    "l2_normalise",
+    "reg_covar",
+    "window",
+    "levels",
+    "stride",
+    "gaussians",
+    "heat_std",
+    "curve",
+)
 
 
 def named(name: str, values) -> str:
@@ -80,6 +89,7 @@ class Run:
     reg_covar: float = 1e-6  # added to the covariance's diagonal
     window: int = 0  # side in pixels of the windows scored, and of their kernel (A.5: 32); 0: whole
     stride: int = 4  # between the windows (A.5)
+    levels: tuple[int, ...] = ()  # of an EfficientNet, whose maps' places are scored: no windows
     gaussians: str = "auto"  # "position": one for each place; "shared"; "auto": as in A.5
     heat_std: float = 10.0  # of the upsampling kernel, in pixels (FCDD's)
     curve: int = 0  # updates on the way at which the test AUROC is noted (never used to choose)
@@ -103,6 +113,8 @@ class Run:
         for name, least in LEAST.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}")
+        if self.levels and (self.window or not self.backbone.startswith("efficientnet")):
+            raise ValueError("levels need an EfficientNet, and no window beside them")
         if self.freeze_batchnorm and self.init == "random":
             raise ValueError(
                 "freeze_batchnorm needs init='imagenet': random statistics say nothing"
@@ -138,6 +150,11 @@ class Run:
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}: written by another version of cplib")
         return cls(**values)
+
+    @property
+    def dense(self) -> bool:
+        """Whether every place of an image is scored, not the image as a whole."""
+        return bool(self.window or self.levels)
 
     @property
     def needs_training(self) -> bool:

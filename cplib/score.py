@@ -1,12 +1,14 @@
 """From a run, its network and normal images to anomaly scores and maps (2.3, 2.4, 4.2, A.5)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cplib.density import Gaussian, PositionGaussians, l2_normalise, moments
-from cplib.localize import gradcam, positions, upsample, window_features
+from cplib.localize import gradcam, level_features, positions, upsample, window_features
 from cplib.model import PretextNet, embed
 from cplib.run import Run
 
@@ -17,7 +19,8 @@ CHUNK = 32  # images whose window features are in memory at once
 class Scorer:
     """A run's network with the density of its normal images' features: scores new images.
 
-    An image has P places: one, or with ``run.window`` one a window. Its score is that of its worst.
+    An image has P places: one, with ``run.window`` one a window, with ``run.levels`` one a place of
+    their map. Its score is that of its worst.
     """
 
     run: Run
@@ -28,7 +31,7 @@ class Scorer:
     @classmethod
     def fit(cls, run: Run, net: PretextNet, normal: Tensor, *, level: int = 0) -> "Scorer":
         """Fit to ``normal`` images, uint8 (N, 3, H, W); ``level`` of an EfficientNet as in 4.3."""
-        if by_position(run) or not run.window:
+        if by_position(run) or not run.dense:
             density = fit_density(run, features(run, net, normal, level=level))
         else:  # never all of them in memory
             chunks = (features(run, net, part).flatten(0, 1) for part in normal.split(CHUNK))
@@ -39,7 +42,7 @@ class Scorer:
         """Anomaly scores (N, P), float64, of every place of uint8 images (N, 3, H, W)."""
         if not len(pixels):
             return torch.empty(0, 1, dtype=torch.float64)
-        whole = by_position(self.run) or not self.run.window
+        whole = isinstance(self.density, PositionGaussians) or not self.run.dense
         parts = [pixels] if whole else pixels.split(CHUNK)
         return torch.cat([score_features(self.density, self.features(part)) for part in parts])
 
@@ -56,7 +59,7 @@ class Scorer:
 
         ValueError for an image-level run that GradCAM has no answer for: one without training.
         """
-        if self.run.window:
+        if self.run.dense:
             return upsample_scores(self.run, self.position_scores(pixels), pixels.shape[2:])
         if not self.run.needs_training or not hasattr(self.net.encoder, "layer4"):
             raise ValueError("no anomaly maps without windows: GradCAM needs a trained ResNet")
@@ -65,13 +68,15 @@ class Scorer:
 
 def by_position(run: Run) -> bool:
     """Whether each place of an image has its own Gaussian (A.5)."""
-    return bool(run.window) and run.per_position
+    return run.dense and run.per_position
 
 
 def features(run: Run, net: PretextNet, pixels: Tensor, *, level: int = 0) -> Tensor:
     """Features (N, P, D), float32 on the CPU, of uint8 images; of length one where the run says."""
     if run.window:
         z = window_features(net, pixels, window=run.window, stride=run.stride).flatten(1, 2)
+    elif run.levels:
+        z = level_features(net, pixels, run.levels).flatten(1, 2)
     else:
         z = embed(net, pixels, level=level)[:, None]
     return l2_normalise(z) if run.l2_normalise else z
@@ -79,8 +84,14 @@ def features(run: Run, net: PretextNet, pixels: Tensor, *, level: int = 0) -> Te
 
 def fit_density(run: Run, z: Tensor) -> Gaussian | PositionGaussians:
     """The density of features z (N, P, D): one Gaussian for each place, or one for all (A.5)."""
-    if by_position(run):
+    if by_position(run) and run.window:
         return PositionGaussians(z, run.reg_covar)
+    if by_position(run):  # fewer places and features: their factors fit in memory
+        parts = [part.transpose(0, 1) for part in z.split(CHUNK, 1)]
+        gaussians = [Gaussian.fit(part, reg_covar=run.reg_covar) for part in parts]
+        return Gaussian(
+            *(torch.cat([getattr(g, k) for g in gaussians]) for k in ("mean", "factor"))
+        )
     return Gaussian.fit(z.flatten(0, 1), reg_covar=run.reg_covar)
 
 
@@ -88,10 +99,18 @@ def score_features(density: Gaussian | PositionGaussians, z: Tensor) -> Tensor:
     """Scores (N, P) of features z (N, P, D)."""
     if isinstance(density, PositionGaussians):
         return density.score(z)
+    if density.mean.dim() == 2:
+        return density.score(z.transpose(0, 1)).T
     return density.score(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
 
 def upsample_scores(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Window scores (N, P) as anomaly maps (N, H, W) of images of that ``size`` (A.5)."""
+    """Scores (N, P) of places as anomaly maps (N, H, W) of images of that ``size``.
+
+    Those of windows by A.5's kernel; those of a level's square map by bilinear interpolation.
+    """
+    if run.levels:
+        maps = scores.float().unflatten(1, 2 * (math.isqrt(scores.shape[1]),))
+        return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]
     maps = scores.float().unflatten(1, positions(*size, run.window, run.stride))
     return upsample(maps, size, window=run.window, stride=run.stride, std=run.heat_std)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.stats import beta
 from sklearn.metrics import f1_score
 
 from cplib import datasets, train
@@ -22,14 +23,17 @@ from cplib.apps.cli import main
 from cplib.apps.detector import RECORD, TENSORS, Detector, choose_threshold, fit_detector, name_of
 from cplib.apps.notebooks import NOTEBOOKS, run_one
 from cplib.density import Gaussian
+from cplib.metrics import auroc_between
 from cplib.run import Run
-from cplib.score import fit_density, score_features
+from cplib.score import Scorer, fit_density, score_features
 from cplib.study.store import Places
 from cplib.study.sweep import assess
 
 IMAGE = Run(method="cutpaste_3way", category="parts", dataset="own", size=32, updates=1, sources=2)
 WINDOWS = replace(IMAGE, crop=16, window=16, stride=8, gaussians="shared")
+LEVELS = replace(module.LEVELS, size=32)
 KINDS = {"image": IMAGE, "windows": WINDOWS, "places": replace(WINDOWS, gaussians="position")}
+KINDS |= {name: replace(LEVELS, gaussians=name) for name in ("position", "shared")}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,38 @@ def test_the_quantile_gives_about_the_false_alarms_asked_for():
     assert np.mean(rates) == pytest.approx(0.1, abs=0.02)
 
 
+def test_the_expected_false_alarms_have_the_binomial_interval():
+    normal = torch.arange(100.0)
+    low, high = (100 * q for q in beta.ppf([0.025, 0.975], [5, 6], [96, 95]))  # 5 of 100
+    text = module.false_alarms(normal, 95.0)
+    assert text.endswith(f"5.0 % of normal images (95 % interval {low:.1f} to {high:.1f})")
+
+
+def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
+    pixels, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "SIDE", (0.2, 0.3))  # of images of 32 pixels
+    runs = {"places": replace(LEVELS, gaussians="position"), "trained": WINDOWS}
+    table = module.compare(runs, *pixels, places=Places(tmp_path))
+    kinds = list(table)[:4]
+    assert list(table.index) == ["places", "trained"]
+    assert kinds == ["CutPaste", "CutPaste-scar", "square, color", "heart, natural"]
+    assert table["mean"].tolist() == pytest.approx(table[kinds].mean(axis=1).tolist())
+    net = module._network(runs["places"], pixels[0], Places(tmp_path))
+    held = torch.arange(len(pixels[0])) % 2 == 0  # few images: every second one
+    scorer = Scorer.fit(runs["places"], net, pixels[0][~held])
+    made = module.made_anomalies(runs["places"], pixels[0][held])
+    scores = {kind: scorer.score(part) for kind, part in made.items()}
+    for kind in kinds:
+        assert table.loc["places", kind] == auroc_between(scores["normal"], scores[kind])
+        changed = (made[kind] != made["normal"]).any(1).flatten(1).float().mean(1)
+        assert (changed > 0).all() and (changed < 0.5).all()
+    assert module.recommended(table) == table["bad"].idxmax()  # with bad images they decide
+    assert module.recommended(table.drop(columns="bad")) == table["mean"].idxmax()
+    with pytest.raises(ValueError, match="four normal images"):
+        module.compare(runs, pixels[0][:3], places=Places(tmp_path))
+
+
 SCORES = st.lists(st.integers(0, 12), min_size=1, max_size=15)
 
 
@@ -200,7 +236,7 @@ def in_run(**fields):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (changed(version=5), "version 5, not 4"),
+        (changed(version=4), "version 4, not 5"),
         (changed(threshold="high"), "threshold"),
         (changed(threshold=[1.0, 2.0]), "threshold"),
         (changed(threshold=float("nan")), "not finite"),
@@ -239,6 +275,14 @@ def with_tensor(name, change):
 )
 def test_tensors_that_cannot_be_are_one_line(saved, tmp_path, change, reason):
     assert_refused(spoilt(saved, tmp_path / "d", tensors=change), reason)
+
+
+def test_gaussians_of_other_places_or_features_are_one_line(fitted, tmp_path):
+    folder = fitted["position"][1]
+    for change in (lambda v: v[1:], lambda v: v[..., 1:]):
+        spoiled = spoilt(folder, tmp_path / "d", tensors=with_tensor("density.mean", change))
+        assert_refused(spoiled, "'density.mean'")
+        shutil.rmtree(spoiled)
 
 
 def test_features_of_other_places_are_one_line(fitted, tmp_path):
@@ -293,7 +337,9 @@ def test_a_folder_is_scored_and_the_broken_image_named(saved, demo_root, tmp_pat
     np.testing.assert_allclose(whole["score"], expected, rtol=1e-6)
     np.testing.assert_array_equal(whole["anomalous"], expected >= detector.threshold)
     assert f"{int(whole['anomalous'].sum())} at or above the threshold" in told.out
+    maps = tmp_path / "maps"
     assert score(saved, folder / "below", "--out", out) == 0
+    assert not maps.exists()
     assert capsys.readouterr().err == ""
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cplib.augment import crop
-from cplib.localize import gradcam, positions, upsample, window_features
+from cplib.localize import gradcam, level_features, positions, upsample, window_features
 from cplib.metrics import PIXEL_METRICS, peak_within, pixel_metrics
-from cplib.model import PretextNet
+from cplib.model import PretextNet, levels
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,24 @@ def test_every_feature_is_that_of_its_own_window(net, height, width):
         with torch.no_grad():
             expected = net.features(window.float() / 255)[0]
         torch.testing.assert_close(found[n, r, c], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_features_of_levels_are_means_of_3x3_places_of_their_maps_joined():
+    torch.manual_seed(0)
+    net = PretextNet(2, backbone="efficientnet_lite0").eval()
+    pixels = noise(3, 64, 96)
+    found = level_features(net, pixels, (4, 5), batch=2)
+    maps, x = [], (pixels[2:].float() / 255 - net.pixel_mean) / net.pixel_std
+    with torch.no_grad():
+        for stage in levels(net.encoder)[:5]:
+            x = stage(x)
+            maps.append(x[0])
+    fine, deep = (torch.nn.functional.pad(maps[i], (1, 1, 1, 1)) for i in (3, 4))
+    assert found.shape == (3, 4, 6, len(fine) + len(deep))
+    row, column = 1, 2  # of the deepest map, 16 px a place; two by two places of the finer one
+    mean = [fine[:, r : r + 3, c : c + 3].mean((1, 2)) for r in (2, 3) for c in (4, 5)]
+    expected = [sum(mean) / 4, deep[:, row : row + 3, column : column + 3].mean((1, 2))]
+    torch.testing.assert_close(found[2, row, column], torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_upsampling_spreads_each_score_over_its_window_by_one_kernel():

@@ -77,8 +77,9 @@ def download(folder, accept_licence) -> None:
 @click.argument("detector")
 @click.argument("folder")
 @click.option("--out", required=True, help="CSV: file, score, threshold, anomalous")
+@click.option("--maps", help="folder for a PNG an image with its anomaly map laid over it")
 @device_option
-def score(detector, folder, out, device) -> int:
+def score(detector, folder, out, maps, device) -> int:
     """Score every image below a folder with a detector that notebook 12 saved."""
     from cplib.apps.detector import Detector, score_folder
     from cplib.apps.workspace import find_device
@@ -90,7 +91,7 @@ def score(detector, folder, out, device) -> int:
         raise ValueError(f"a folder, not a file, for --out: {out}")
     tool = Detector.load(detector, find_device(device))
     began = time.perf_counter()
-    table, problems = score_folder(tool, folder)
+    table, problems = score_folder(tool, folder, maps)
     each = 1000 * (time.perf_counter() - began) / len(table)
     others = left_out(folder)  # before the CSV may be one of them
     table.to_csv(out, index=False, float_format="%.9g")

@@ -3,31 +3,52 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from scipy.stats import binomtest
 from torch import Tensor
 
 from cplib import datasets
+from cplib.augment import pretext_batch
 from cplib.datasets import atomic
 from cplib.density import Gaussian, PositionGaussians, moments
-from cplib.localize import positions
-from cplib.metrics import f1_max
+from cplib.localize import level_features, positions
+from cplib.metrics import auroc_between, f1_max
 from cplib.model import PretextNet, build
 from cplib.run import Run
 from cplib.score import CHUNK, Scorer, by_position, fit_density, score_features
+from cplib.study.figures import overlay
 from cplib.study.store import BROKEN, Places, one_line, write_json
-from cplib.train import fit, precision
+from cplib.study.synthetic import paint
+from cplib.train import augmentation_kwargs, fit, precision
 
-VERSION = 4  # of what is saved
+VERSION = 5  # of what is saved
 TENSORS, RECORD = "detector.safetensors", "detector.json"
 GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is shown
 LARGEST, DEEPEST = 4096, 16  # pixels a side, hidden layers: a record cannot ask for all the memory
+# ImageNet features of EfficientNet-Lite0, whose weights come with a package: two levels that hold
+# detail and context, 16 pixels a place.
+LEVELS = Run(
+    method="pretrained",
+    category="own",
+    dataset="own",
+    backbone="efficientnet_lite0",
+    init="imagenet",
+    updates=0,
+    levels=(4, 6),
+    reg_covar=0.01,
+)
+PAINTED = (("square", "color"), ("heart", "natural"))  # half transparent, SIDE of the image's side
+SIDE = (0.07, 0.15)
+FEW = 100  # normal images, below which every second one is held out instead of every fifth
 Images = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
 
@@ -110,7 +131,7 @@ class Detector:
         if not all(v.isfinite().all() for v in numbers):
             raise ValueError("a number is not finite")
         factor = tensors.get("density.factor", torch.ones(1, 1))
-        if not (factor.diagonal() > 0).all() or factor.triu(1).any():
+        if not (factor.diagonal(dim1=-2, dim2=-1) > 0).all() or factor.triu(1).any():
             raise ValueError("density.factor is not one of a covariance")
         state = {k[4:]: tensors.pop(k) for k in [*tensors] if k.startswith("net.")}
         net.load_state_dict(state, assign=True)
@@ -118,10 +139,10 @@ class Detector:
         normal, anomalous = tensors.pop("normal"), tensors.pop("anomalous")
         # Copies, laid out as they were fitted: the last digits of matrix products depend on it.
         density = {k.removeprefix("density."): v.clone() for k, v in tensors.items()}
-        if not by_position(run):
+        if factor.dim() == 2 and "mean" in density:
             density["factor"] = factor.mT.contiguous().mT  # by columns, as Cholesky leaves it
-        kind = PositionGaussians if by_position(run) else Gaussian
-        options = {"reg_covar": run.reg_covar} if by_position(run) else {}
+        kind = PositionGaussians if "z" in density else Gaussian
+        options = {"reg_covar": run.reg_covar} if "z" in density else {}
         scorer = Scorer(run, net, kind(**density, **options))
         return cls(
             scorer, record["threshold"], record["chosen"], normal, anomalous, record["images"]
@@ -154,11 +175,8 @@ def fit_detector(
     if len(normal) < 2:
         raise ValueError(f"a detector needs two normal images at least, not {len(normal)}")
     digest = hashlib.sha256(normal.cpu().numpy().tobytes()).hexdigest()
-    if net is None and run.needs_training:
-        file = places.results / "checkpoints" / f"{run.training_id}-{digest[:8]}.safetensors"
-        options = {"checkpoint": file, "deadline": deadline, "weights": places.weights}
-        net, _ = fit(run, normal, places.device, **options)
-    net = net or build(run, places.weights)
+    file = places.results / "checkpoints" / f"{run.training_id}-{digest[:8]}.safetensors"
+    net = net or _network(run, normal, places, checkpoint=file, deadline=deadline)
     net = net.to(places.device, memory_format=torch.channels_last).eval()
     z = torch.cat([Scorer(run, net, None).features(part) for part in normal.split(CHUNK)])
     scorer = Scorer(run, net, fit_density(run, z))
@@ -168,6 +186,72 @@ def fit_detector(
     return detector
 
 
+def candidates(category: str, cutpaste: Run | None = None) -> dict[str, Run]:
+    """Detectors to compare: ImageNet features by place and for all places, CutPaste's patches."""
+    levels = replace(LEVELS, category=category)
+    runs = {
+        "ImageNet, a Gaussian a place": replace(levels, gaussians="position"),
+        "ImageNet, one Gaussian": replace(levels, gaussians="shared"),
+    }
+    return runs | ({"CutPaste patches": cutpaste} if cutpaste else {})
+
+
+def compare(
+    runs: dict[str, Run], normal: Images, bad: Images = (), *, places: Places
+) -> pd.DataFrame:
+    """How well each run finds anomalies made on normal images that it was not fitted to.
+
+    A row a run: AUROC in percent for each kind of anomaly (``made_anomalies``), their ``mean``,
+    seconds to fit and milliseconds an image. With bad images a column ``bad`` is their AUROC.
+    ValueError for fewer than four normal images.
+    """
+    rows = {}
+    for name, run in runs.items():
+        pixels = as_pixels(run, normal)
+        if len(pixels) < 4:
+            raise ValueError(f"to compare takes four normal images at least, not {len(pixels)}")
+        held = torch.arange(len(pixels)) % (5 if len(pixels) >= FEW else 2) == 0
+        began = time.time()
+        scorer = Scorer.fit(run, _network(run, pixels[~held], places), pixels[~held])
+        fitted = time.time()
+        own, *others = made_anomalies(run, pixels[held]).items()
+        base = scorer.score(own[1])
+        found = {kind: auroc_between(base, scorer.score(part)) for kind, part in others}
+        each = (time.time() - fitted) / (len(base) * (1 + len(others)))
+        rows[name] = found | {"mean": sum(found.values()) / len(found)}
+        if len(bad):
+            rows[name]["bad"] = auroc_between(base, scorer.score(as_pixels(run, bad)))
+        rows[name] |= {"seconds": fitted - began, "ms an image": 1000 * each}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def recommended(table: pd.DataFrame) -> str:
+    """The row with the highest AUROC: of the bad images where there are any, else the mean."""
+    return table["bad" if "bad" in table else "mean"].idxmax()
+
+
+def made_anomalies(run: Run, normal: Tensor) -> dict[str, Tensor]:
+    """The normal images, and copies with each kind of anomaly: pasted pieces, painted shapes."""
+    draws = torch.Generator().manual_seed(0)
+    options = augmentation_kwargs(run)
+    copies, _ = pretext_batch(normal.float() / 255, "cutpaste_3way", draws, options)
+    _, patch, scar = (255 * copies).round().to(torch.uint8).chunk(3)
+    made = {"normal": normal, "CutPaste": patch, "CutPaste-scar": scar}
+    for shape, fill in PAINTED:
+        painted, _ = paint(normal, shape, fill, least=1, side=SIDE)
+        made[f"{shape}, {fill}"] = ((painted.int() + normal.int()) // 2).to(torch.uint8)
+    return made
+
+
+def _network(run: Run, normal: Tensor, places: Places, **options) -> PretextNet:
+    """The run's network, trained on the normal images where anything is trained."""
+    if run.needs_training:
+        net, _ = fit(run, normal, places.device, weights=places.weights, **options)
+    else:
+        net = build(run, places.weights)
+    return net.to(places.device, memory_format=torch.channels_last).eval()
+
+
 def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the names, shapes and types that a detector of this run has."""
     lengths = {k: len(tensors[k]) for k in ("normal", "anomalous")}
@@ -175,7 +259,14 @@ def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str
     width, shape = net.head[0].in_features, (1, 1)
     if run.window:
         shape = positions(run.size, run.size, run.window, run.stride)
-    if by_position(run):
+    if run.levels:
+        x = torch.empty(1, 3, run.size, run.size, dtype=torch.uint8, device="meta")
+        *shape, width = level_features(net.eval(), x, run.levels).shape[1:]
+    if by_position(run) and run.levels:
+        n = math.prod(shape)
+        found["density.mean"] = torch.empty(n, width, dtype=torch.float64)
+        found["density.factor"] = torch.empty(n, width, width, dtype=torch.float64)
+    elif by_position(run):
         found["density.z"] = torch.empty(lengths["normal"], math.prod(shape), width)
     else:
         found["density.mean"] = torch.empty(width, dtype=torch.float64)
@@ -241,7 +332,8 @@ def choose_threshold(normal: Tensor, anomalous: Tensor, quantile: float) -> tupl
     """
     if not len(anomalous):
         how = f"{100 * quantile:g} % quantile of the cross-validated scores of {len(normal)} normal"
-        return torch.quantile(normal, quantile).item(), f"{how} images"
+        threshold = torch.quantile(normal, quantile).item()
+        return threshold, f"{how} images; {false_alarms(normal, threshold)}"
     scores = torch.cat([normal, anomalous])
     best, lowest = f1_max([0] * len(normal) + [1] * len(anomalous), scores)
     below = scores[scores < lowest]
@@ -250,10 +342,21 @@ def choose_threshold(normal: Tensor, anomalous: Tensor, quantile: float) -> tupl
     return threshold, f"{how} {len(anomalous)} anomalous ones"
 
 
-def score_folder(detector: Detector, folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
+def false_alarms(normal: Tensor, threshold: float) -> str:
+    """The share of normal images at or above a threshold, with its 95 % interval, in words."""
+    found = binomtest(int((normal >= threshold).sum()), len(normal))
+    low, high = found.proportion_ci(0.95)
+    share = f"{100 * found.statistic:.1f} % of normal images"
+    return f"expected false alarms: {share} (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+
+
+def score_folder(
+    detector: Detector, folder: str | Path, maps: str | Path | None = None
+) -> tuple[pd.DataFrame, list[str]]:
     """``file, score, threshold, anomalous`` of every image below a folder, and what went wrong.
 
-    A file that is no image has an empty score and a line among the problems.
+    A file that is no image has an empty score and a line among the problems. Into the folder
+    ``maps`` goes a PNG an image: its anomaly map laid over it, from half the threshold to twice it.
     """
     folder = Path(folder).expanduser()
     files = datasets.image_files(folder)
@@ -261,6 +364,12 @@ def score_folder(detector: Detector, folder: str | Path) -> tuple[pd.DataFrame, 
     for part in (files[i : i + CHUNK] for i in range(0, len(files), CHUNK)):
         pixels, read, wrong = datasets.read_images(part, detector.run.size)
         scores |= dict(zip(read, detector.score(pixels).tolist(), strict=True))
+        heats = detector.maps(pixels) if maps else ()
+        for file, image, heat in zip(read, pixels, heats, strict=False):
+            laid = overlay(image, heat, (detector.threshold / 2, 2 * detector.threshold))
+            path = Path(maps, f"{file.relative_to(folder)}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((255 * laid).astype("uint8")).save(path)
         problems += wrong
     table = pd.DataFrame({"file": [file.relative_to(folder).as_posix() for file in files]})
     table["score"] = pd.Series([scores.get(file) for file in files], dtype=float)

@@ -142,7 +142,7 @@ def assess(
     scorer = Scorer.fit(run, net, train.pixels)
     scores = scorer.position_scores(test.pixels)
     metrics = image_metrics(test.labels, scores.amax(1))
-    if run.window:
+    if run.dense:
         maps = upsample_scores(run, scores, test.pixels.shape[2:])
         metrics |= pixel_level_metrics(run, test, maps)
     return scores, metrics

@@ -1,0 +1,74 @@
+"""The detector of notebook 12 on each category as if it were a person's own images.
+
+    python benchmarks/own_images.py --data DIR --out results/quick/tables/own_images.csv
+
+Only ``train/good`` is given to it. Each candidate is compared on anomalies made on held-out normal
+images, and the recommended one taken; the test images then say how good that choice was.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+
+from cplib import datasets
+from cplib.apps.detector import candidates, compare, fit_detector, recommended
+from cplib.metrics import auroc_between
+from cplib.study.profiles import PROFILES
+from cplib.study.store import Places
+from cplib.train import device_name
+
+CATEGORIES = "tile,bottle,pill,screw,transistor"
+
+
+def measure(root: str, category: str, places: Places, cutpaste: bool) -> list[dict]:
+    """A row a candidate: AUROC on made anomalies and on the test images, and its times."""
+    normal, test = (datasets.load(root, category, split).pixels for split in ("train", "test"))
+    labels = datasets.load(root, category, "test").labels
+    patch = PROFILES["quick"].patch_runs((category,), 1)[-1] if cutpaste else None
+    runs = candidates(category, patch)
+    table = compare(runs, normal, places=places)
+    rows = []
+    for name, run in runs.items():
+        began = time.time()
+        detector = fit_detector(run, normal, places=places)
+        fitted = time.time()
+        scores = detector.score(test)
+        rows.append(
+            {
+                "category": category,
+                "candidate": name,
+                "made": table.loc[name, "mean"],
+                "recommended": int(name == recommended(table)),
+                "image_auroc": auroc_between(scores[labels == 0], scores[labels == 1]),
+                "minutes": (fitted - began) / 60,
+                "ms_an_image": 1000 * (time.time() - fitted) / len(test),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure every category, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--categories", default=CATEGORIES)
+    parser.add_argument("--cutpaste", action="store_true", help="train quick's patch model, too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(device_name(torch.device("cpu")))
+    rows = []
+    with TemporaryDirectory() as scratch:
+        for category in args.categories.split(","):
+            rows += measure(args.data, category, Places(Path(scratch)), args.cutpaste)
+            pd.DataFrame(rows).round(2).to_csv(args.out, index=False)
+            print(pd.DataFrame(rows).round(1).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
