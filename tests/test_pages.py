@@ -37,6 +37,10 @@ def results(tmp_path):
         (folder / name).mkdir()
     (folder / "figures" / "03_curve.png").write_bytes(b"")
     (folder / "minutes.json").write_text(json.dumps({NOTEBOOKS[0]: 1.5}))
+    rows = [("tile", "places", 1, 90, 5), ("pill", "places", 0, 80, 5), ("pill", "one", 1, 70, 7)]
+    columns = ["category", "candidate", "recommended", "image_auroc", "ms_an_image"]
+    own = pd.DataFrame(rows, columns=columns)
+    own.to_csv(folder / "tables" / "own_images.csv", index=False)
     output = new_output("execute_result", {"text/html": "<table><td>91</td></table>"})
     first = new_markdown_cell(
         "# A title, $a^2$\n\n$$\\frac{a}{b}$$\n\n*Expect*: a fraction. [next](04_next.ipynb)"
@@ -101,19 +105,23 @@ def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_pat
     for name in ("demo", "long"):
         (tmp_path / "results" / name).symlink_to(results)
     (tmp_path / "notebooks").symlink_to(results / "notebooks")
-    names = ("results", "table1", "long", "table2", "claims", "minutes")
+    names = ("results", "table1", "long", "table2", "claims", "minutes", "own")
     parts = [f"<!-- {name} begin -->\nstale\n<!-- {name} end -->\n" for name in names]
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "between\n".join(parts) + "after\n")
     fill_readme()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    found, image, _, pixel, claims, minutes = (text.split(f"<!-- {name} ")[1] for name in names)
+    found, image, _, pixel, claims, minutes, own = (
+        text.split(f"<!-- {name} ")[1] for name in names
+    )
     assert "| image AUROC, % | bottle | average all | average measured |" in image
     assert "- `quick`: **Pixel-level AUROC of CutPaste-3way (patch): 77.8 %**" in found
     assert "| CutPaste | 91.0 (99.2±0.2) | (90.9±0.7) | 91.0 (99.2±0.2) |" in image
     assert "| pixel AUROC, % |" in pixel and "77.8 (" in pixel
     assert "| quick | 0 | 0 | 0 | 0 |" in claims
     name = NOTEBOOKS[0]
+    assert "| places | 90.0 | 80.0 | 85.0 | 5.0 |" in own
+    assert "| **recommended** | 90.0 | 70.0 | 80.0 | 6.0 |" in own
     line = f"| [A title, $a^2$](results/demo/notebooks/{name}.ipynb) | a fraction | 1.5 |"
     assert line in minutes

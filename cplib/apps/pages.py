@@ -132,14 +132,26 @@ def _finding(table: pd.DataFrame, part: pd.DataFrame, method: str) -> str:
     return f"{text}. Without training: {beside or 'not measured'}."
 
 
-def readme_table(results: Path, name: str, metric: str) -> str:
-    """One metric of a table, methods down, with the caption that it was measured under."""
+def readme_table(results: Path, name: str, metric: str, *, ours: bool = False) -> str:
+    """One metric of a table, methods down, under its caption; ``ours``: only what is measured."""
     table = shown(pd.read_csv(results / "tables" / f"{name}.csv"), "average_all")
     grid = wide(table, metric).rename(columns=NAMES, index=lambda n: n.replace("_", " ")).T
-    grid = grid[(grid != "").any(axis=1)]
+    blank = ("", "(") if ours else ("",)
+    grid = grid[~grid.map(lambda cell: cell[:1] in blank).all(axis=1)]
     grid.index.name = f"{metric.replace('_auroc', '')} AUROC, %"
     note = (results / "tables" / f"{name}.md").read_text().splitlines()[0]
     return f"{note}\n\n{markdown(grid)}"
+
+
+def readme_own(results: Path) -> str:
+    """Notebook 12's candidates on each category as if it were a person's own images."""
+    rows = pd.read_csv(results / "tables" / "own_images.csv")
+    best = rows[rows["recommended"] == 1].assign(candidate="**recommended**")
+    rows = pd.concat([rows, best])
+    grid = rows.pivot_table("image_auroc", "candidate", "category", sort=False)
+    grid["average"] = grid.mean(axis=1)
+    grid["ms an image"] = rows.groupby("candidate")["ms_an_image"].mean()
+    return markdown(grid.map("{:.1f}".format).rename_axis("image AUROC, %"))
 
 
 def readme_claims(results: Path) -> str:
@@ -168,8 +180,9 @@ def fill_readme() -> None:
     lines = [f"- `{name}`: {line}\n" for name, part in found.items() for line in part]
     parts = {
         "results": "".join(lines),
-        "long": readme_table(results / "long", "table1_image_level", "image_auroc"),
+        "long": readme_table(results / "long", "table1_image_level", "image_auroc", ours=True),
         "table1": readme_table(results / "quick", "table1_image_level", "image_auroc"),
+        "own": readme_own(results / "quick"),
         "table2": readme_table(results / "quick", "table2_pixel_level", "pixel_auroc"),
         "claims": readme_claims(results / "quick"),
         "minutes": readme_minutes(results / "demo"),

@@ -68,7 +68,9 @@ def _features(workspace: Workspace) -> pd.DataFrame:
                 values[pair.replace(" ", "/")] = numbers["classifier_auroc"]
         stage = "" if run.method == METHOD else f"{run.method}/"
         rows += [(stage + name, run.category, run.seed, value) for name, value in values.items()]
-    return pd.DataFrame(rows, columns=["method", "category", "seed", "auroc"])
+    return pd.DataFrame(rows, columns=["method", "category", "seed", "auroc"]).astype(
+        {"auroc": float}
+    )
 
 
 def _densities(workspace: Workspace) -> pd.DataFrame:
@@ -80,7 +82,8 @@ def _densities(workspace: Workspace) -> pd.DataFrame:
         for fit in (f for f in fits if f["l2_normalise"] == run.l2_normalise):
             if name := names.get(fit["covariance"]):
                 rows.append((name, run.category, run.seed, fit["image_auroc"]))
-    return pd.DataFrame(rows, columns=["method", "category", "seed", "image_auroc"])
+    found = pd.DataFrame(rows, columns=["method", "category", "seed", "image_auroc"])
+    return found.astype({"image_auroc": float})  # None where a Gaussian cannot be fitted
 
 
 def verdicts(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -142,6 +142,7 @@ def caption(workspace: Workspace, name: str) -> str:
     parts = [
         f"Profile {workspace.profile.name}: {run.backbone}, {run.size} px",
         f"training on {run.crop}-px crops" if run.crop else "",
+        f"the last {run.whole:.0%} of updates on whole images" if run.whole else "",
         f"scores of {run.window}-px windows every {run.stride} px" if run.window else "",
         f"from {start}",
         f"{run.head_updates} updates of the head alone" if run.head_updates else "",
