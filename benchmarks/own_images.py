@@ -18,20 +18,20 @@ import torch
 from cplib import datasets
 from cplib.apps.detector import candidates, compare, fit_detector, recommended
 from cplib.metrics import auroc_between
-from cplib.study.profiles import PROFILES
+from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
 from cplib.train import device_name
 
 CATEGORIES = "tile,bottle,pill,screw,transistor"
 
 
-def measure(root: str, category: str, places: Places, cutpaste: bool) -> list[dict]:
+def measure(root: str, category: str, places: Places, profile: Profile | None) -> list[dict]:
     """A row a candidate: AUROC on made anomalies and on the test images, and its times."""
     normal, test = (datasets.load(root, category, split).pixels for split in ("train", "test"))
     labels = datasets.load(root, category, "test").labels
-    patch = PROFILES["quick"].patch_runs((category,), 1)[-1] if cutpaste else None
-    runs = candidates(category, patch)
+    runs = candidates(category, profile)
     table = compare(runs, normal, places=places)
+    print(table.round(1).to_string(), flush=True)
     rows = []
     for name, run in runs.items():
         began = time.time()
@@ -43,6 +43,7 @@ def measure(root: str, category: str, places: Places, cutpaste: bool) -> list[di
                 "category": category,
                 "candidate": name,
                 "made": table.loc[name, "mean"],
+                "painted": table.loc[name, "painted"],
                 "recommended": int(name == recommended(table)),
                 "image_auroc": auroc_between(scores[labels == 0], scores[labels == 1]),
                 "minutes": (fitted - began) / 60,
@@ -58,14 +59,14 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--categories", default=CATEGORIES)
-    parser.add_argument("--cutpaste", action="store_true", help="train quick's patch model, too")
+    parser.add_argument("--profile", help="also what CutPaste trains by this profile's schedules")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(device_name(torch.device("cpu")))
     rows = []
     with TemporaryDirectory() as scratch:
         for category in args.categories.split(","):
-            rows += measure(args.data, category, Places(Path(scratch)), args.cutpaste)
+            rows += measure(args.data, category, Places(Path(scratch)), PROFILES.get(args.profile))
             pd.DataFrame(rows).round(2).to_csv(args.out, index=False)
             print(pd.DataFrame(rows).round(1).to_string(), flush=True)
 

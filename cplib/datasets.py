@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -339,19 +339,28 @@ def left_out(folder: str | Path) -> str:
     return f"{folder}: left out, no images by their names: {len(ends)} ({kinds})" if ends else ""
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels of an image as it is shown, from its header alone."""
+    with _open(Path(path), _formats()) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if turned else image.size
+
+
 def read_images(
-    paths: Iterable[str | Path], size: int | tuple[int, int] = 256
+    paths: Iterable[str | Path], size: int | tuple[int, int] = 256, *, pad: bool = False
 ) -> tuple[torch.Tensor, list[Path], list[str]]:
     """Images of any size and format of PIL's as uint8 (N, 3, H, W), resized as `load` does.
 
     Returns the pixels, the paths that they came from, and a line for each file that is no image.
-    Of an animation the first frame is taken.
+    With ``pad`` images keep their shape, and the pixels at their edges fill what is left. Of an
+    animation the first frame is taken.
     """
     paths, shape, formats = [Path(path) for path in paths], _shape(size), _formats()
 
     def read_one(path: Path) -> np.ndarray | DataError:
         try:
-            return _resized(_read(path, "RGB", formats), shape)
+            image = _read(path, "RGB", formats)
+            return _padded(image, shape) if pad else _resized(image, shape)
         except DataError as error:
             return error
 
@@ -426,6 +435,13 @@ def _hidden(path: Path, folder: str | Path) -> bool:
 def _resized(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
     resized = image.resize(shape[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized).transpose(2, 0, 1)
+
+
+def _padded(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    scale = min(shape[0] / image.height, shape[1] / image.width)
+    small = _resized(image, tuple(max(1, round(scale * v)) for v in image.size[::-1]))
+    rest = [wanted - found for wanted, found in zip(shape, small.shape[1:], strict=True)]
+    return np.pad(small, [(0, 0), *((r // 2, r - r // 2) for r in rest)], mode="edge")
 
 
 def _read(path: Path, mode: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:

@@ -95,6 +95,29 @@ def test_files_of_any_shape_are_resized_as_the_data_sets_are(saved, tmp_path):
         detector.score(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("size", [(200, 90), (90, 200), (64, 64), (700, 1)])
+def test_padding_keeps_the_shape_of_an_image(size, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "a.png")
+    (padded,) = datasets.read_images([tmp_path / "a.png"], 32, pad=True)[0].numpy()
+    w, h = (max(1, round(32 * side / max(size))) for side in size)
+    small = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    top, left = (32 - h) // 2, (32 - w) // 2
+    rows, columns = (np.arange(32) - top).clip(0, h - 1), (np.arange(32) - left).clip(0, w - 1)
+    np.testing.assert_array_equal(padded, small[:, rows][:, :, columns])
+
+
+def test_images_that_differ_in_shape_are_found_by_their_headers(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    Image.new("L", (10, 21)).save(tmp_path / "b.jpg", exif=exif)
+    Image.new("L", (10, 21)).save(tmp_path / "c.jpg")
+    assert not module.differ_in_shape([tmp_path / "a.png", tmp_path / "b.jpg"])
+    assert module.differ_in_shape(sorted(tmp_path.iterdir()))
+
+
 def test_what_cannot_be_is_refused_before_anything_is_trained(pixels, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fit", None)  # called, it would be a TypeError
     places = Places(tmp_path)
@@ -122,6 +145,16 @@ def test_training_resumes_where_it_was_cut_off_and_is_done_once(pixels, tmp_path
     monkeypatch.setattr(train, "step", None)  # called, it would be a TypeError
     again = fit_detector(replace(run, l2_normalise=True), *pixels, places=places, quantile=0.9)
     assert len(Detector.load(tmp_path / "detectors" / "own").anomalous) == len(again.anomalous) == 6
+
+
+def test_a_comparison_resumes_where_it_was_cut_off(pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SIDE", (0.2, 0.3))  # of images of 32 pixels
+    run = replace(WINDOWS, updates=2, precision="fp32")
+    with pytest.raises(train.OutOfTime, match="1 of 2 updates"):
+        module.compare({"a": run}, pixels[0], places=Places(tmp_path), deadline=0)
+    table = module.compare({"a": run}, pixels[0], places=Places(tmp_path), deadline=0)
+    whole = module.compare({"a": run}, pixels[0], places=Places(tmp_path / "other"))
+    assert table["mean"].tolist() == whole["mean"].tolist()
 
 
 @pytest.mark.parametrize("folds", [3, None])
@@ -170,7 +203,7 @@ def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
     assert list(table.index) == ["places", "trained"]
     assert kinds == ["CutPaste", "CutPaste-scar", "square, color", "heart, natural"]
     assert table["mean"].tolist() == pytest.approx(table[kinds].mean(axis=1).tolist())
-    net = module._network(runs["places"], pixels[0], Places(tmp_path))
+    _, net = module._network(runs["places"], pixels[0], Places(tmp_path))
     held = torch.arange(len(pixels[0])) % 2 == 0  # few images: every second one
     scorer = Scorer.fit(runs["places"], net, pixels[0][~held])
     made = module.made_anomalies(runs["places"], pixels[0][held])
@@ -180,7 +213,12 @@ def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
         changed = (made[kind] != made["normal"]).any(1).flatten(1).float().mean(1)
         assert (changed > 0).all() and (changed < 0.5).all()
     assert module.recommended(table) == table["bad"].idxmax()  # with bad images they decide
-    assert module.recommended(table.drop(columns="bad")) == table["mean"].idxmax()
+    assert table["painted"].tolist() == pytest.approx(table[kinds[2:]].mean(axis=1).tolist())
+    assert table["trained"].tolist() == [False, True]
+    rest = table.drop(columns="bad").assign(mean=[80, 90])
+    assert module.recommended(rest.assign(painted=[70, 71])) == "trained"
+    assert module.recommended(rest.assign(painted=[70, 70])) == "places"
+    assert module.recommended(rest.assign(mean=[90, 80], painted=[70, 71])) == "places"
     with pytest.raises(ValueError, match="four normal images"):
         module.compare(runs, pixels[0][:3], places=Places(tmp_path))
 

@@ -216,14 +216,15 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     grid = wide(table)
     ours = cell(table, "cutpaste_3way", "bottle")
     said = f"{ours['mean']:.1f}±{ours['stderr']:.1f} (98.3±{ours['published_stderr']:.1f})"
-    assert grid.loc["bottle", "cutpaste_3way"] == said
-    assert grid.loc["bottle", "untrained"] == f"{runs['image_auroc'].iloc[0]:.1f}"
-    assert grid.loc["screw", "cutpaste_3way"].startswith("(86.3")
-    assert grid.loc["screw", "untrained"] == ""
-    assert list(wide(published(T7).assign(mean=None, stderr=None)))[1] == "learning_rate 1"
+    assert grid.loc["CutPaste-3way", "bottle"] == said
+    assert grid.loc["untrained", "bottle"] == f"{runs['image_auroc'].iloc[0]:.1f}"
+    assert "screw" not in grid  # not measured
+    assert grid.loc["untrained", "average all"] == ""
+    rows = wide(published(T7).assign(mean=None, stderr=None))
+    assert rows.index[1] == "learning rate 1"
     lines = study.markdown(grid).splitlines()
-    assert lines[0] == "| category | untrained | cutpaste | cutpaste_3way |"
-    assert {line.count("|") for line in lines} == {5}
+    assert lines[0] == "| image AUROC, % | bottle | average all |"
+    assert {line.count("|") for line in lines} == {4}
 
 
 def test_the_csv_has_the_contracts_columns_and_the_markdown_says_how_it_was_measured(tmp_path):
@@ -235,4 +236,4 @@ def test_the_csv_has_the_contracts_columns_and_the_markdown_says_how_it_was_meas
     np.testing.assert_allclose(pd.read_csv(path)["mean"], table["mean"].astype(float), atol=1e-4)
     text = path.with_suffix(".md").read_text()
     assert text.startswith("Profile made up. Ours, then the paper's in brackets;")
-    assert "**image_auroc**" in text and "(98.3" in text
+    assert "| image AUROC, % |" in text and "(98.3" in text

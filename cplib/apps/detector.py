@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 import torch
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from scipy.stats import binomtest
 from torch import Tensor
+from tqdm import tqdm
 
 from cplib import datasets
 from cplib.augment import pretext_batch
@@ -26,7 +29,9 @@ from cplib.model import PretextNet, build
 from cplib.run import Run
 from cplib.score import CHUNK, Scorer, by_position, fit_density, score_features
 from cplib.study.figures import overlay
+from cplib.study.profiles import Profile
 from cplib.study.store import BROKEN, Places, one_line, write_json
+from cplib.study.sweep import BAR
 from cplib.study.synthetic import paint
 from cplib.train import augmentation_kwargs, fit, precision
 
@@ -157,7 +162,6 @@ def fit_detector(
     places: Places,
     name: str = "own",
     quantile: float = 0.95,
-    net: PretextNet | None = None,
     deadline: float | None = None,
 ) -> Detector:
     """Train the run on normal images, fit its density, choose a threshold, save the detector.
@@ -168,57 +172,93 @@ def fit_detector(
     ``cross_validated``); the network has seen them all. Raises ValueError for fewer than two images
     or, as DataError, a line for each that cannot be read.
     """
-    run = replace(run, precision=precision(run, places.device))  # machines choose differently
     if not 0 < quantile < 1:
         raise ValueError(f"the quantile must lie between 0 and 1: {quantile}")
     normal, anomalous = as_pixels(run, normal), as_pixels(run, anomalous)
     if len(normal) < 2:
         raise ValueError(f"a detector needs two normal images at least, not {len(normal)}")
-    digest = hashlib.sha256(normal.cpu().numpy().tobytes()).hexdigest()
-    file = places.results / "checkpoints" / f"{run.training_id}-{digest[:8]}.safetensors"
-    net = net or _network(run, normal, places, checkpoint=file, deadline=deadline)
-    net = net.to(places.device, memory_format=torch.channels_last).eval()
+    run, net = _network(run, normal, places, deadline)
     z = torch.cat([Scorer(run, net, None).features(part) for part in normal.split(CHUNK)])
     scorer = Scorer(run, net, fit_density(run, z))
     own, other = cross_validated(run, z), scorer.score(anomalous)
-    detector = Detector(scorer, *choose_threshold(own, other, quantile), own, other, digest)
+    chosen = choose_threshold(own, other, quantile)
+    detector = Detector(scorer, *chosen, own, other, sha256(normal))
     detector.save(places.results / "detectors" / name)
     return detector
 
 
-def candidates(category: str, cutpaste: Run | None = None) -> dict[str, Run]:
-    """Detectors to compare: ImageNet features by place and for all places, CutPaste's patches."""
-    levels = replace(LEVELS, category=category)
+def candidates(
+    category: str, profile: Profile | None = None, *, pad: bool = False
+) -> dict[str, Run]:
+    """Detectors to compare: ImageNet features; with a profile also those that CutPaste trains.
+
+    These are the same features finetuned in the two phases of 4.3, and the patch model (4.2).
+    """
+    own = {"category": category, "dataset": "own", "pad": pad}
     runs = {
-        "ImageNet, a Gaussian a place": replace(levels, gaussians="position"),
-        "ImageNet, one Gaussian": replace(levels, gaussians="shared"),
+        "ImageNet, a Gaussian a place": replace(LEVELS, **own, gaussians="position"),
+        "ImageNet, one Gaussian": replace(LEVELS, **own, gaussians="shared"),
     }
-    return runs | ({"CutPaste patches": cutpaste} if cutpaste else {})
+    if profile:
+        features = {k: getattr(LEVELS, k) for k in ("size", "backbone", "levels", "reg_covar")}
+        tuned = profile.finetune_runs((category,), 1)[-1]
+        runs["finetuned by CutPaste"] = replace(tuned, **own, **features, gaussians="position")
+        patch = profile.patch_runs((category,), 1)[-1]
+        runs["CutPaste patches"] = replace(patch, **own, gaussians="shared")
+    return runs
+
+
+def expected_seconds(runs: Iterable[Run], n: int, each: float) -> float:
+    """About how long it takes to compare and to fit to n images, one passing in ``each`` seconds.
+
+    A training step counts three passes; windows are scored about four times over each image.
+    """
+    passes = 0.0
+    for run in runs:
+        passes += 3 * run.images * ((run.crop or run.size) / LEVELS.size) ** 2
+        shape = positions(run.size, run.size, run.window, run.stride) if run.window else (1, 1)
+        passes += 4 * n * math.prod(shape) * ((run.window or run.size) / LEVELS.size) ** 2
+    return each * passes
+
+
+def differ_in_shape(files: Iterable[str | Path]) -> bool:
+    """Whether the ratio of width to height differs by more than 5 % among images."""
+    ratios = [w / h for w, h in map(datasets.size_of, files)]
+    return max(ratios) > 1.05 * min(ratios)
 
 
 def compare(
-    runs: dict[str, Run], normal: Images, bad: Images = (), *, places: Places
+    runs: dict[str, Run],
+    normal: Images,
+    bad: Images = (),
+    *,
+    places: Places,
+    deadline: float | None = None,
 ) -> pd.DataFrame:
     """How well each run finds anomalies made on normal images that it was not fitted to.
 
     A row a run: AUROC in percent for each kind of anomaly (``made_anomalies``), their ``mean``,
-    seconds to fit and milliseconds an image. With bad images a column ``bad`` is their AUROC.
-    ValueError for fewer than four normal images.
+    the mean of the ``painted`` ones, whether the network is ``trained`` on pasted pieces, seconds
+    to fit and milliseconds an image. With bad images a column ``bad`` is their AUROC.
+    Training resumes as in ``fit_detector``. ValueError for fewer than four normal images.
     """
     rows = {}
-    for name, run in runs.items():
+    for name, run in tqdm(runs.items(), desc="candidates", bar_format=BAR, file=sys.stdout):
         pixels = as_pixels(run, normal)
         if len(pixels) < 4:
             raise ValueError(f"to compare takes four normal images at least, not {len(pixels)}")
         held = torch.arange(len(pixels)) % (5 if len(pixels) >= FEW else 2) == 0
         began = time.time()
-        scorer = Scorer.fit(run, _network(run, pixels[~held], places), pixels[~held])
+        run, net = _network(run, pixels[~held], places, deadline)
+        scorer = Scorer.fit(run, net, pixels[~held])
         fitted = time.time()
         own, *others = made_anomalies(run, pixels[held]).items()
         base = scorer.score(own[1])
         found = {kind: auroc_between(base, scorer.score(part)) for kind, part in others}
         each = (time.time() - fitted) / (len(base) * (1 + len(others)))
-        rows[name] = found | {"mean": sum(found.values()) / len(found)}
+        values = list(found.values())
+        rows[name] = found | {"mean": fmean(values), "painted": fmean(values[-len(PAINTED) :])}
+        rows[name]["trained"] = run.needs_training
         if len(bad):
             rows[name]["bad"] = auroc_between(base, scorer.score(as_pixels(run, bad)))
         rows[name] |= {"seconds": fitted - began, "ms an image": 1000 * each}
@@ -226,8 +266,16 @@ def compare(
 
 
 def recommended(table: pd.DataFrame) -> str:
-    """The row with the highest AUROC: of the bad images where there are any, else the mean."""
-    return table["bad" if "bad" in table else "mean"].idxmax()
+    """The row with the highest AUROC: of the bad images where there are any, else the mean.
+
+    A network trained on pasted pieces knows two of the kinds: it has to beat the best of the others
+    on the painted shapes, too.
+    """
+    if "bad" in table:
+        return table["bad"].idxmax()
+    best = table.loc[table["mean"].where(~table["trained"]).idxmax()]
+    better = table[(table["mean"] > best["mean"]) & (table["painted"] > best["painted"])]
+    return better["mean"].idxmax() if len(better) else best.name
 
 
 def made_anomalies(run: Run, normal: Tensor) -> dict[str, Tensor]:
@@ -243,13 +291,23 @@ def made_anomalies(run: Run, normal: Tensor) -> dict[str, Tensor]:
     return made
 
 
-def _network(run: Run, normal: Tensor, places: Places, **options) -> PretextNet:
-    """The run's network, trained on the normal images where anything is trained."""
-    if run.needs_training:
-        net, _ = fit(run, normal, places.device, weights=places.weights, **options)
-    else:
+def _network(
+    run: Run, normal: Tensor, places: Places, deadline: float | None = None
+) -> tuple[Run, PretextNet]:
+    """The run and its network; training is kept in a checkpoint for these images, and resumes."""
+    if not run.needs_training:
         net = build(run, places.weights)
-    return net.to(places.device, memory_format=torch.channels_last).eval()
+    else:
+        run = replace(run, precision=precision(run, places.device))  # machines choose differently
+        name = f"{run.training_id}-{sha256(normal)[:8]}.safetensors"
+        options = {"checkpoint": places.results / "checkpoints" / name, "deadline": deadline}
+        net, _ = fit(run, normal, places.device, weights=places.weights, **options)
+    return run, net.to(places.device, memory_format=torch.channels_last).eval()
+
+
+def sha256(pixels: Tensor) -> str:
+    """SHA-256 of images, in hex digits."""
+    return hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
 
 
 def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,7 +351,7 @@ def name_of(folder: str | Path) -> str:
 def as_pixels(run: Run, images: Images) -> Tensor:
     """Images as uint8 (N, 3, size, size); DataError has a line for each that cannot be read."""
     if not isinstance(images, Tensor):
-        pixels, _, problems = datasets.read_images(images, run.size)
+        pixels, _, problems = datasets.read_images(images, run.size, pad=run.pad)
         if problems:
             raise datasets.DataError("\n".join(problems))
         return pixels
@@ -358,11 +416,11 @@ def score_folder(
     A file that is no image has an empty score and a line among the problems. Into the folder
     ``maps`` goes a PNG an image: its anomaly map laid over it, from half the threshold to twice it.
     """
-    folder = Path(folder).expanduser()
+    folder, run = Path(folder).expanduser(), detector.run
     files = datasets.image_files(folder)
     scores, problems = {}, []
     for part in (files[i : i + CHUNK] for i in range(0, len(files), CHUNK)):
-        pixels, read, wrong = datasets.read_images(part, detector.run.size)
+        pixels, read, wrong = datasets.read_images(part, run.size, pad=run.pad)
         scores |= dict(zip(read, detector.score(pixels).tolist(), strict=True))
         heats = detector.maps(pixels) if maps else ()
         for file, image, heat in zip(read, pixels, heats, strict=False):

@@ -15,9 +15,8 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.apps.workspace import ROOT
 from cplib.study.claims import VERDICTS
-from cplib.study.figures import NAMES
-from cplib.study.published import markdown, wide
-from cplib.study.tables import METHOD, TABLES, shown
+from cplib.study.published import NAMES, markdown, wide
+from cplib.study.tables import METHOD, TABLES
 
 PLUMBING = {"hide-input", "parameters", "injected-parameters"}  # tags of cells whose code is hidden
 OTHERS = {"11": ("claims",), "09": ("schedule_choice",)}  # of notebooks without a table
@@ -83,16 +82,17 @@ def _overview(results: Path, notebooks: list[Path]) -> str:
     """Findings first, then each notebook's tables and figures in the notebooks' order."""
     parts = [f"# Profile {results.name}", "## Findings", *_findings(results)]
     for path in notebooks:
-        number, title = path.stem[:2], path.stem[3:].replace("_", " ").capitalize()
-        parts.append(f"## [{number} {title}](notebooks/{path.name})")
+        number, title = path.stem[:2], nbformat.read(path, 4).cells[0].source.splitlines()[0]
+        parts.append(f"## [{title.lstrip('# ')}](notebooks/{path.name})")
         names = [name for name, table in TABLES.items() if table.notebook == number]
         for name in (*names, *OTHERS.get(number, ())):
             file = results / "tables" / f"{name}.md"
             if file.exists() or name in TABLES:
                 text = file.read_text().strip() if file.exists() else "Not measured."
-                parts.append(f"### {name.replace('_', ' ').capitalize()}\n\n{text}")
+                heading = re.sub(r"Table(\d)", r"Table \1:", name.capitalize()).replace("_", " ")
+                parts.append(f"### {heading}\n\n{text}")
         for figure in sorted(results.glob(f"figures/{number}_*.png")):
-            caption = figure.stem[3:].replace("_", " ").capitalize()
+            caption = figure.stem[3:4].upper() + figure.stem[4:].replace("_", " ")
             parts.append(f"![{caption}](figures/{figure.name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
 
@@ -134,11 +134,9 @@ def _finding(table: pd.DataFrame, part: pd.DataFrame, method: str) -> str:
 
 def readme_table(results: Path, name: str, metric: str, *, ours: bool = False) -> str:
     """One metric of a table, methods down, under its caption; ``ours``: only what is measured."""
-    table = shown(pd.read_csv(results / "tables" / f"{name}.csv"), "average_all")
-    grid = wide(table, metric).rename(columns=NAMES, index=lambda n: n.replace("_", " ")).T
-    blank = ("", "(") if ours else ("",)
-    grid = grid[~grid.map(lambda cell: cell[:1] in blank).all(axis=1)]
-    grid.index.name = f"{metric.replace('_auroc', '')} AUROC, %"
+    grid = wide(pd.read_csv(results / "tables" / f"{name}.csv"), metric)
+    if ours:
+        grid = grid[~grid.map(lambda cell: cell[:1] in ("", "(")).all(axis=1)]
     note = (results / "tables" / f"{name}.md").read_text().splitlines()[0]
     return f"{note}\n\n{markdown(grid)}"
 

@@ -18,8 +18,7 @@ from scipy.stats import t, ttest_1samp
 from cplib.datasets import DATASETS
 from cplib.run import BASELINES
 from cplib.study import features
-from cplib.study.figures import NAMES
-from cplib.study.published import published, save_markdown
+from cplib.study.published import NAMES, published, save_markdown
 from cplib.study.sweep import Workspace
 from cplib.study.tables import METHOD, MIXTURE, TABLES, density_metrics, shortfalls, values_of
 
@@ -296,7 +295,13 @@ def _null_text(row) -> str:
 
 
 def _pair_text(pair: str) -> str:
-    return " over ".join(NAMES.get(name, name) for name in pair.split(" over "))
+    return " over ".join(map(_name_text, pair.split(" over ")))
+
+
+def _name_text(name: str) -> str:
+    """A method by its name; two groups of images (Figure 3) with "and", after their network's."""
+    *network, a, b = ["", *(NAMES.get(part, part) for part in name.split("/"))]
+    return f"{network[-1]}: {a} and {b}".removeprefix(": ") if "/" in name else b
 
 
 def _interval_text(effect: float, low: float, high: float) -> str:
@@ -349,6 +354,6 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     )
     runs = workspace.runs((METHOD,))
     note = f"{note} {shortfalls(workspace, runs)}".strip()
-    path = save_markdown(workspace.results, "claims", note, {"": readable(table)})
+    path = save_markdown(workspace.results, "claims", note, [readable(table)])
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.4f")
     return path.with_suffix(".csv")

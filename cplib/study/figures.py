@@ -13,41 +13,14 @@ from torch import Generator, Tensor
 
 from cplib.augment import METHODS, pretext_batch
 from cplib.datasets import DEMO, MVTEC
-
-NAMES = {
-    "untrained": "untrained",
-    "pretrained": "ImageNet features",
-    "rotation": "Rotation",
-    "cutout": "Cutout",
-    "cutout_mean": "Cutout (mean)",
-    "cutout_color": "Cutout (random colour)",
-    "scar": "Scar",
-    "confetti": "Confetti",
-    "cutpaste": "CutPaste",
-    "cutpaste_scar": "CutPaste-scar",
-    "cutpaste_union": "Binary (union)",
-    "cutpaste_3way": "CutPaste-3way",
-    "pool_pretrained": "ImageNet, pooled",
-    "pool_finetuned": "finetuned, pooled",
-    "level7_pretrained": "ImageNet, level 7",
-    "level7_finetuned": "finetuned, level 7",
-    "cutpaste_3way_patch": "CutPaste-3way (patch)",
-    "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
-    "untrained_shared": "untrained (one Gaussian)",
-    "untrained_ensemble": "untrained, ensemble",
-    "one": "one Gaussian",
-    "mixture": "mixture",
-    "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
-    "ensemble": "Ensemble",
-    "docc": "DOCC (quoted)",
-    "u_student": "U-Student (quoted)",
-    "p_svdd": "P-SVDD (quoted)",
-    "fcdd": "FCDD (quoted)",
-}
-
+from cplib.study.published import NAMES
 
 PALETTE = sns.color_palette("colorblind")
 _MARKED = (*DEMO.categories, *MVTEC.categories)
+_COLOURED = (
+    *("cutpaste_3way", "cutout", "cutpaste", "scar", "cutpaste_scar", "rotation"),
+    *("cutpaste_union", "cutout_mean", "cutout_color"),
+)
 
 
 def mark(category: str) -> dict:
@@ -59,10 +32,9 @@ def mark(category: str) -> dict:
 
 def method_colour(method: str):
     """Colour of a method, the same in every figure: greys for what is not trained."""
-    greys = {"untrained": "0.65", "pretrained": "0.35"}
-    names = [name for name in NAMES if name not in greys]
     colours = [c for c in PALETTE if max(c) - min(c) > 0.1]  # no third grey
-    return greys.get(method) or colours[names.index(method) % len(colours)]
+    known = {"untrained": "0.65", "pretrained": "0.35"} | dict(zip(_COLOURED, colours, strict=True))
+    return known.get(method, "black")
 
 
 def use_style() -> None:
@@ -138,13 +110,12 @@ GROUP_MARKS = {
     "cutpaste": {"marker": "^", "facecolor": "none", "edgecolor": "C2", "s": 44},
     "cutpaste_scar": {"marker": "s", "facecolor": "C8", "edgecolor": "0.3", "s": 44},
 }
-GROUP_NAMES = {"normal": "normal", "anomaly": "real anomaly"} | NAMES
 
 
 def scatter(ax: Axes, groups: dict[str, list]) -> None:
     """Groups of points [[x, ...], [y, ...]] as Fig. 3 marks them, named, without ticks."""
     for group, points in groups.items():
-        ax.scatter(*points, **GROUP_MARKS[group], label=GROUP_NAMES[group], linewidth=1.2)
+        ax.scatter(*points, **GROUP_MARKS[group], label=NAMES.get(group, group), linewidth=1.2)
     ax.set(xticks=[], yticks=[])
 
 

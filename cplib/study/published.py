@@ -13,6 +13,46 @@ TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the
 ROW = ["method", "setting", "value"]  # what a row of a table is; the last two of Tables 7 and 8
 KEYS = [*ROW, "category", "metric"]
 PUBLISHED = ["published_mean", "published_stderr"]
+NAMES = {
+    "anomaly": "real anomaly",
+    "untrained": "untrained",
+    "pretrained": "ImageNet features",
+    "rotation": "Rotation",
+    "cutout": "Cutout",
+    "cutout_mean": "Cutout (mean)",
+    "cutout_color": "Cutout (random colour)",
+    "scar": "Scar",
+    "confetti": "Confetti",
+    "cutpaste": "CutPaste",
+    "cutpaste_scar": "CutPaste-scar",
+    "cutpaste_union": "Binary (union)",
+    "cutpaste_3way": "CutPaste-3way",
+    "pool_pretrained": "ImageNet, pooled",
+    "pool_finetuned": "finetuned, pooled",
+    "level7_pretrained": "ImageNet, level 7",
+    "level7_finetuned": "finetuned, level 7",
+    "cutpaste_3way_patch": "CutPaste-3way (patch)",
+    "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
+    "untrained_shared": "untrained (one Gaussian)",
+    "untrained_ensemble": "untrained, ensemble",
+    "one": "one Gaussian",
+    "mixture": "mixture",
+    "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
+    "ensemble": "Ensemble",
+    "docc": "DOCC (quoted)",
+    "u_student": "U-Student (quoted)",
+    "p_svdd": "P-SVDD (quoted)",
+    "fcdd": "FCDD (quoted)",
+}
+METRIC_NAMES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image average precision",
+    "image_f1max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel average precision",
+    "aupro_30": "AUPRO up to 30 % of false positives",
+    "aupro_05": "AUPRO up to 5 % of false positives",
+}
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
 
 
@@ -157,16 +197,26 @@ def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") 
 
 
 def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
-    """One metric as the paper prints it: categories down, methods across, "ours (paper's)".
+    """One metric, methods down and categories across, "ours (paper's)", named as in the paper.
 
+    Of the categories the measured ones, all where none was; of the methods those with a number.
     The rows of Tables 7 and 8 are named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
-    labels = [f"{r.setting} {r.value}" if r.setting else r.method for r in part.itertuples()]
-    cells = part.assign(cell=[_cell(row) for row in part.itertuples()], method=labels)
-    grid = cells.pivot(index="category", columns="method", values="cell")
-    rows, columns = in_order(part["category"]), cells["method"].unique()
-    return grid.reindex(index=rows, columns=columns).fillna("")
+    labels = [
+        f"{r.setting.replace('_', ' ')} {r.value}" if r.setting else NAMES.get(r.method, r.method)
+        for r in part.itertuples()
+    ]
+    cells = part.assign(cell=[_cell(row) for row in part.itertuples()], row=labels)
+    grid = cells.pivot(index="row", columns="category", values="cell")
+    measured = {*part.dropna(subset="mean")["category"]} or {*part["category"]}
+    if len(measured - {*AVERAGES}) == 1:  # averages of one category say nothing
+        measured -= {*AVERAGES}
+    columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
+    grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
+    grid = grid[(grid != "").any(axis=1)].rename(columns={"average_measured": "average of these"})
+    grid = grid.rename(columns=lambda name: name.replace("_", " "))
+    return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 
 
 def _cell(row) -> str:
@@ -183,7 +233,7 @@ def _number(mean, stderr) -> str:
 
 def markdown(grid: pd.DataFrame) -> str:
     """A table as GitHub's Markdown, the index first."""
-    head = [grid.index.name or "", *map(str, grid.columns)]
+    head = [grid.columns.name or grid.index.name or "", *map(str, grid.columns)]
     lines = [
         head,
         ["---"] * len(head),
@@ -192,33 +242,24 @@ def markdown(grid: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def save_table(
-    table: pd.DataFrame, results: str | Path, name: str, note: str, *, down: bool = False
-) -> Path:
-    """Write ``results/tables/<name>.csv``, tidy, and ``.md``, as the paper prints it.
+def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -> Path:
+    """Write ``results/tables/<name>.csv``, tidy, and ``.md``, as ``wide`` shows it.
 
-    ``note`` says how the numbers were measured and stands above the Markdown, in which the methods
-    go across, or ``down``. Returns the path of the CSV.
+    ``note`` says how the numbers were measured and stands above the Markdown; it is kept in
+    ``table.attrs``, too. Returns the path of the CSV.
     """
     theirs = ", then the paper's in brackets" if table["published_mean"].notna().any() else ""
-    note = f"{note} Ours{theirs}; percent, mean±standard error."
-    grids = {metric: wide(table, metric) for metric in table["metric"].unique()}
-    grids = {metric: grid.T if down else grid for metric, grid in grids.items()}
-    path = save_markdown(results, name, note, grids).with_suffix(".csv")
+    table.attrs["note"] = f"{note} Ours{theirs}; percent, mean±standard error."
+    grids = [wide(table, metric) for metric in table["metric"].unique()]
+    path = save_markdown(results, name, table.attrs["note"], grids).with_suffix(".csv")
     bare = [column for column in ROW[1:] if not table[column].any()]
     table.drop(columns=bare).to_csv(path, index=False, float_format="%.4f")
     return path
 
 
-def save_markdown(
-    results: str | Path, name: str, note: str, grids: dict[str, pd.DataFrame]
-) -> Path:
-    """Write ``results/tables/<name>.md``: a note, then each grid under its title; its path."""
+def save_markdown(results: str | Path, name: str, note: str, grids: list[pd.DataFrame]) -> Path:
+    """Write ``results/tables/<name>.md``, a note and then each grid; its path."""
     path = Path(results) / "tables" / f"{name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [
-        f"**{title}**\n\n{markdown(grid)}" if title else markdown(grid)
-        for title, grid in grids.items()
-    ]
-    path.write_text("\n".join([f"{note}\n", *parts]))
+    path.write_text("\n".join([f"{note}\n", *map(markdown, grids)]))
     return path

@@ -68,7 +68,6 @@ class Table:
     values: Callable[[Workspace], pd.DataFrame] | None = None  # None: of the plan's runs
     metrics: tuple[str, ...] = ("image_auroc",)
     note: str = ""
-    down: bool = False  # in Markdown the rows go down, not across
 
 
 def planned(workspace: Workspace, name: str) -> list[Run]:
@@ -125,7 +124,7 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
     parts = caption(workspace, name), table.note, shortfalls(workspace, planned(workspace, name))
     note = " ".join(filter(None, parts))
-    save_table(tidy, workspace.results, name, note, down=table.down)
+    save_table(tidy, workspace.results, name, note)
     return tidy
 
 
@@ -188,12 +187,6 @@ def _seeds(runs: list[Run]) -> str:
     found = {(run.method, run.category, run.seed) for run in runs}
     counts = Counter(key[:2] for key in found).values()
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
-def shown(table: pd.DataFrame, *others: str) -> pd.DataFrame:
-    """The rows of a tidy table whose category was measured, or is among the ``others``."""
-    measured = table.dropna(subset="mean")["category"].unique()
-    return table[table["category"].isin([*measured, *others])]
 
 
 # Metrics computed after training
@@ -428,7 +421,6 @@ def _sensitivity(name: str) -> Table:
         rows=lambda profile: list(settings(profile, name)),
         plan=lambda workspace: _sensitivity_plan(workspace, name),
         note="Each row changes one setting.",
-        down=True,
     )
 
 
