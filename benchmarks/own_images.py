@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--categories", default=CATEGORIES)
-    parser.add_argument("--profile", help="also what CutPaste trains by this profile's schedules")
+    parser.add_argument(
+        "--profile",
+        choices=("quick", "long", "paper"),
+        help="also what CutPaste trains by this profile's schedules",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(device_name(torch.device("cpu")))

@@ -340,9 +340,12 @@ def left_out(folder: str | Path) -> str:
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image as it is shown, from its header alone."""
-    with _open(Path(path), _formats()) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    """Width and height in pixels of an image as it is shown; DataError where it is none."""
+    path = Path(path)
+    with as_data_error(path, "an image"), _open(path, _formats()) as image:
+        if image.format == "TIFF":  # its size on opening depends on PIL's version
+            return _read(path, "RGB").size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 

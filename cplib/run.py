@@ -59,7 +59,7 @@ class Run:
     seed: int = 0
     dataset: str = "mvtec"  # a name of ``cplib.datasets.DATASETS``
     size: int = 256  # pixels, both sides (A.1)
-    pad: bool = False  # images keep their shape: fitted into the square, their edges repeated
+    pad: bool = False  # own images keep their shape: fitted into the square, edges repeated
     updates: int = 65_536  # 256 "epochs" of 256 updates (A.1, footnote 5)
     sources: int = 32  # normal images a batch: 64 or 96 images with their copies (A.1)
     learning_rate: float = 0.03

@@ -113,9 +113,13 @@ def test_images_that_differ_in_shape_are_found_by_their_headers(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
     Image.new("L", (10, 21)).save(tmp_path / "b.jpg", exif=exif)
+    Image.new("RGB", (10, 21)).save(tmp_path / "b.tif", exif=exif)
+    assert not module.differ_in_shape(sorted(tmp_path.iterdir()))
     Image.new("L", (10, 21)).save(tmp_path / "c.jpg")
-    assert not module.differ_in_shape([tmp_path / "a.png", tmp_path / "b.jpg"])
     assert module.differ_in_shape(sorted(tmp_path.iterdir()))
+    (tmp_path / "d.png").write_bytes(b"no image")
+    with pytest.raises(datasets.DataError, match="d.png"):
+        module.differ_in_shape(sorted(tmp_path.iterdir()))
 
 
 def test_what_cannot_be_is_refused_before_anything_is_trained(pixels, tmp_path, monkeypatch):
@@ -212,7 +216,10 @@ def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
         assert table.loc["places", kind] == auroc_between(scores["normal"], scores[kind])
         changed = (made[kind] != made["normal"]).any(1).flatten(1).float().mean(1)
         assert (changed > 0).all() and (changed < 0.5).all()
-    assert module.recommended(table) == table["bad"].idxmax()  # with bad images they decide
+    bad = table.assign(bad=[70, 80])
+    assert module.recommended(bad) == "trained"  # with bad images they decide
+    alike = table.assign(bad=80, mean=[90, 80])
+    assert module.recommended(alike) == "places"
     assert table["painted"].tolist() == pytest.approx(table[kinds[2:]].mean(axis=1).tolist())
     assert table["trained"].tolist() == [False, True]
     rest = table.drop(columns="bad").assign(mean=[80, 90])

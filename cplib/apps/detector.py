@@ -5,8 +5,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -53,8 +54,9 @@ LEVELS = Run(
 )
 PAINTED = (("square", "color"), ("heart", "natural"))  # half transparent, SIDE of the image's side
 SIDE = (0.07, 0.15)
+STRIDE = 16  # pixels between the patch model's windows, as between the places of LEVELS
 FEW = 100  # normal images, below which every second one is held out instead of every fifth
-Images = Tensor | Iterable[str | Path]  # uint8 (N, 3, size, size), or files of any size
+Images = Tensor | Sequence[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def candidates(
     """
     own = {"category": category, "dataset": "own", "pad": pad}
     runs = {
-        "ImageNet, a Gaussian a place": replace(LEVELS, **own, gaussians="position"),
+        "ImageNet, a Gaussian per place": replace(LEVELS, **own, gaussians="position"),
         "ImageNet, one Gaussian": replace(LEVELS, **own, gaussians="shared"),
     }
     if profile:
@@ -204,14 +206,14 @@ def candidates(
         tuned = profile.finetune_runs((category,), 1)[-1]
         runs["finetuned by CutPaste"] = replace(tuned, **own, **features, gaussians="position")
         patch = profile.patch_runs((category,), 1)[-1]
-        runs["CutPaste patches"] = replace(patch, **own, gaussians="shared")
+        runs["CutPaste patches"] = replace(patch, **own, gaussians="shared", stride=STRIDE)
     return runs
 
 
 def expected_seconds(runs: Iterable[Run], n: int, each: float) -> float:
-    """About how long it takes to compare and to fit to n images, one passing in ``each`` seconds.
+    """About how long comparing takes with n images, one forward pass taking ``each`` seconds.
 
-    A training step counts three passes; windows are scored about four times over each image.
+    A training step counts three passes; an image is scored about four times.
     """
     passes = 0.0
     for run in runs:
@@ -239,12 +241,13 @@ def compare(
 
     A row a run: AUROC in percent for each kind of anomaly (``made_anomalies``), their ``mean``,
     the mean of the ``painted`` ones, whether the network is ``trained`` on pasted pieces, seconds
-    to fit and milliseconds an image. With bad images a column ``bad`` is their AUROC.
-    Training resumes as in ``fit_detector``. ValueError for fewer than four normal images.
+    to fit (the rest of them, where it resumes) and milliseconds an image. With bad images a column
+    ``bad`` is their AUROC. Training resumes as in ``fit_detector``. ValueError for fewer
+    than four normal images.
     """
-    rows = {}
+    rows, read = {}, cache(lambda size, pad: as_pixels(run, normal))
     for name, run in tqdm(runs.items(), desc="candidates", bar_format=BAR, file=sys.stdout):
-        pixels = as_pixels(run, normal)
+        pixels = read(run.size, run.pad)
         if len(pixels) < 4:
             raise ValueError(f"to compare takes four normal images at least, not {len(pixels)}")
         held = torch.arange(len(pixels)) % (5 if len(pixels) >= FEW else 2) == 0
@@ -266,14 +269,15 @@ def compare(
 
 
 def recommended(table: pd.DataFrame) -> str:
-    """The row with the highest AUROC: of the bad images where there are any, else the mean.
+    """The row with the highest AUROC: of the bad images where there are any, then the mean.
 
     A network trained on pasted pieces knows two of the kinds: it has to beat the best of the others
     on the painted shapes, too.
     """
     if "bad" in table:
-        return table["bad"].idxmax()
-    best = table.loc[table["mean"].where(~table["trained"]).idxmax()]
+        table = table[table["bad"] == table["bad"].max()]
+    others = table[~table["trained"]]
+    best = table.loc[(others if len(others) else table)["mean"].idxmax()]
     better = table[(table["mean"] > best["mean"]) & (table["painted"] > best["painted"])]
     return better["mean"].idxmax() if len(better) else best.name
 

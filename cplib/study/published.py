@@ -199,8 +199,9 @@ def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") 
 def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """One metric, methods down and categories across, "ours (paper's)", named as in the paper.
 
-    Of the categories the measured ones, all where none was; of the methods those with a number.
-    The rows of Tables 7 and 8 are named by setting and value.
+    Of the categories the measured ones, all where none was, with their averages unless there is
+    but one, and ``average_all``; of the methods those with a number. The rows of Tables 7 and 8 are
+    named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
     labels = [
@@ -233,7 +234,7 @@ def _number(mean, stderr) -> str:
 
 def markdown(grid: pd.DataFrame) -> str:
     """A table as GitHub's Markdown, the index first."""
-    head = [grid.columns.name or grid.index.name or "", *map(str, grid.columns)]
+    head = [grid.index.name or grid.columns.name or "", *map(str, grid.columns)]
     lines = [
         head,
         ["---"] * len(head),
