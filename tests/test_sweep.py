@@ -186,6 +186,11 @@ def test_scoring_otherwise_trains_nothing(copied, monkeypatch):
 def test_a_network_comes_from_a_whole_checkpoint_or_not_at_all(copied):
     assert not load_network(SIEVE, copied).training
     file = checkpoint_file(SIEVE, copied.results)
+    history = run_folder(SIEVE, copied.results) / "history.csv"
+    kept = history.read_text()
+    pd.read_csv(history).assign(loss=9.0).to_csv(history, index=False)  # of another training
+    assert load_network(SIEVE, copied) is None
+    history.write_text(kept)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"{file}: expected the run's tensors"):
         load_network(SIEVE, copied)

@@ -250,11 +250,15 @@ def test_curves_are_those_of_the_profiles_runs_and_the_papers_schedule_cut_short
 
 def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "transistor")
-    assert "seeds: 3 (CutPaste-3way), 3 (other" in tables.caption(workspace, "table1_image_level")
+    caption = tables.caption(workspace, "table1_image_level")
+    assert caption == "Profile quick: nothing was trained for this table."
+    record(tmp_path, QUICK.run("untrained", "screw", 0))
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
     caption = tables.caption(workspace, "table1_image_level")
-    assert "seeds: 1 to 2 (CutPaste-3way), trained in fp32, scored in fp32." in caption
+    assert (
+        "seeds: 1 (untrained); 1 to 2 (CutPaste-3way), trained in fp32, scored in fp32." in caption
+    )
     for run in planned(workspace, STUDIES[0]):
         if not run_folder(run, tmp_path).exists():
             record(tmp_path, run)
@@ -271,5 +275,5 @@ def test_what_is_missing_or_substituted_is_said_beside_the_numbers(tmp_path):
     record(tmp_path, runs[1], images=few, weights={"file": "resnet18_imagenet_pqf.pth"})
     said = tables.shortfalls(workspace, runs)
     assert "resnet18_imagenet_pqf.pth (a substitute for torchvision's" in said
-    assert "Of grid 5 of 21 normal test images. Of grid no masks." in said
+    assert "Of grid only 5 of the 21 normal test images were at hand. For grid no masks" in said
     assert said.endswith("The images came resized, at 256x256 px.") and "tile" not in said

@@ -14,6 +14,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.apps.workspace import ROOT
+from cplib.run import BASELINES
 from cplib.study.claims import VERDICTS
 from cplib.study.published import NAMES, markdown, wide
 from cplib.study.tables import METHOD, TABLES
@@ -121,15 +122,22 @@ def readme_results(results: Path) -> list[str]:
 
 
 def _finding(table: pd.DataFrame, part: pd.DataFrame, method: str) -> str:
-    """The average of a method, what stands beside it, and of how many categories it is."""
+    """The average of a method, what stands beside it, and of how many categories and seeds."""
     ours, theirs = part["mean"][method], part["published_mean"][method]
-    cells = table[(table["method"] == method) & ~table["category"].str.startswith("average")]
-    kind, n = table["metric"].iloc[0][:5].capitalize(), cells["mean"].notna().sum()
+    cells = table[~table["category"].str.startswith("average")]
+    cells = cells.pivot(index="category", columns="method", values="mean")
+    cells = cells.reindex(columns=[method, *BASELINES]).dropna(subset=method)
+    kind, n, seeds = table["metric"].iloc[0][:5].capitalize(), len(cells), part["seeds"][method]
     text = f"**{kind}-level AUROC of {NAMES[method]}: {ours:.1f} %** on average over {n} categories"
+    text += f", seeds: {seeds:.0f}"
     text += "" if pd.isna(theirs) else f" (the paper's on the same: {theirs:.1f})"
-    nulls = part["mean"].reindex(["untrained", "pretrained"]).dropna()
-    beside = ", ".join(f"{NAMES[name]} {value:.1f}" for name, value in nulls.items())
-    return f"{text}. Without training: {beside or 'not measured'}."
+    beside = []
+    for name in BASELINES:
+        both = cells[[method, name]].dropna()
+        few = f" (on {len(both)} of them, where this is {both[method].mean():.1f})"
+        if len(both):
+            beside.append(f"{NAMES[name]} {both[name].mean():.1f}{few if len(both) < n else ''}")
+    return f"{text}. Without training: {', '.join(beside) or 'not measured'}."
 
 
 def readme_table(results: Path, name: str, metric: str, *, ours: bool = False) -> str:

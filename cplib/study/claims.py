@@ -20,7 +20,15 @@ from cplib.run import BASELINES
 from cplib.study import features
 from cplib.study.published import NAMES, published, save_markdown
 from cplib.study.sweep import Workspace
-from cplib.study.tables import METHOD, MIXTURE, TABLES, density_metrics, shortfalls, values_of
+from cplib.study.tables import (
+    METHOD,
+    MIXTURE,
+    TABLES,
+    all_runs,
+    density_metrics,
+    shortfalls,
+    values_of,
+)
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
@@ -33,7 +41,7 @@ QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's numbe
 LEVELS = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
 COLUMNS = ["id", "claim", "source", "verdict", "weakest", "effect", "low", "high", "margin"]
-COLUMNS += ["paper_effect", "null", "null_effect", "null_low", "null_high"]
+COLUMNS += ["paper_effect", "null", "null_effect", "null_low", "null_high", "null_categories"]
 COLUMNS += ["categories", "needed", "compared", "comparisons"]
 MOST_CATEGORIES = 1000  # of those that would decide a claim
 
@@ -89,7 +97,8 @@ def verdicts(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """A row a claim: verdict, effect and its 95 % interval, the paper's effect, what is behind it.
 
     ``effect`` is in percentage points: of several comparisons the smallest difference, along a
-    setting the largest; ``paper_effect`` is the paper's of the same pair. Reproduced: every
+    setting the largest; ``margin`` is the bound that counts where it is not zero;
+    ``paper_effect`` is the paper's of the same pair. Reproduced: every
     interval lies above zero (along a setting: within the margin), and every comparison was
     measured; holds without training: so does every interval of the null. Not reproduced: one lies
     wholly below (beyond the margin). Else inconclusive, as with fewer than LEAST_CATEGORIES
@@ -111,7 +120,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     both_ways = not claim.order
     pairs = list(combinations(tried, 2)) if both_ways else _pairs(claim.order)
     margin = _margin(numbers, claim.setting) if both_ways else _tolerance(claim)
-    row |= {"margin": margin, "comparisons": len(pairs)}
+    row |= {"margin": margin if both_ways else -margin, "comparisons": len(pairs)}
     judged = _judge(pairs, _gaps(pairs, cells, claim.group), margin, both_ways)
     if claim.table not in (*TABLES, "features", "density"):
         judged["verdict"] = NOT_IMPLEMENTED
@@ -122,7 +131,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     best = max(nulls, key=lambda null: null.get("effect", -np.inf), default={})
     if best.get("weakest"):
         row |= {"null": best["weakest"]}
-        row |= {f"null_{name}": best.get(name) for name in ("effect", "low", "high")}
+        row |= {f"null_{k}": best.get(k) for k in ("effect", "low", "high", "categories")}
     if row["verdict"] == REPRODUCED and any(n["verdict"] == REPRODUCED for n in nulls):
         row["verdict"] = WITHOUT_TRAINING
     return row
@@ -277,11 +286,11 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference_text(row) -> str:
-    """The effect and its interval, the margin that counts, and which of several comparisons."""
+    """The effect and its interval, the margin that counts, and which comparison is the weakest."""
     if pd.isna(row.effect):
         return ""
     text = _interval_text(row.effect, row.low, row.high)
-    text += "" if pd.isna(row.margin) else f", margin {row.margin:.1f}"
+    text += "" if pd.isna(row.margin) else f", margin {_signed(row.margin)}"
     if row.comparisons > 1:
         text += f"; {_pair_text(row.weakest)}, the weakest of {row.compared}"
     return text
@@ -291,7 +300,9 @@ def _null_text(row) -> str:
     if pd.isna(row.null):
         return ""
     text = _interval_text(row.null_effect, row.null_low, row.null_high)
-    return f"{text}; {_pair_text(row.null)}"
+    others = row.null_categories != row.categories
+    here = f", categories: {row.null_categories:.0f}" if others else ""
+    return f"{text}; {_pair_text(row.null)}{here}"
 
 
 def _pair_text(pair: str) -> str:
@@ -348,12 +359,14 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     note = (
         f"Profile {workspace.profile.name}. AUROC, percentage points; 95 % intervals (Student's) "
         "over categories. Without training: the same comparison with a random or an ImageNet "
-        "network in place of the trained one, the better of the two. Inconclusive: the interval "
+        "network in place of the trained one, the better of the two. Of several comparisons the "
+        "weakest difference, and an interval from the lowest end of all to the highest. The "
+        "paper's: of the same two, over all its categories. Inconclusive: the interval "
         "holds both answers, a comparison is missing, or there are fewer than "
-        f"{LEAST_CATEGORIES} categories; then, how many would decide it if they were like these."
+        f"{LEAST_CATEGORIES} categories; then, how many would decide the weakest comparison if "
+        "they were like these."
     )
-    runs = workspace.runs((METHOD,))
-    note = f"{note} {shortfalls(workspace, runs)}".strip()
+    note = f"{note} {shortfalls(workspace, all_runs(workspace))}".strip()
     path = save_markdown(workspace.results, "claims", note, [readable(table)])
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.4f")
     return path.with_suffix(".csv")

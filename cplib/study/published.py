@@ -249,8 +249,10 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
     ``note`` says how the numbers were measured and stands above the Markdown; it is kept in
     ``table.attrs``, too. Returns the path of the CSV.
     """
-    theirs = ", then the paper's in brackets" if table["published_mean"].notna().any() else ""
-    table.attrs["note"] = f"{note} Ours{theirs}; percent, mean±standard error."
+    columns = {"mean": "ours", "published_mean": "the paper's in brackets"}
+    words = ", then ".join(text for name, text in columns.items() if table[name].notna().any())
+    words = (words or "nothing measured").capitalize()
+    table.attrs["note"] = f"{note} {words}; percent, mean±standard error."
     grids = [wide(table, metric) for metric in table["metric"].unique()]
     path = save_markdown(results, name, table.attrs["note"], grids).with_suffix(".csv")
     bare = [column for column in ROW[1:] if not table[column].any()]

@@ -233,16 +233,21 @@ def collect(planned: Iterable[Run], results: str | Path) -> pd.DataFrame:
 def load_network(run: Run, places: Places) -> PretextNet | None:
     """The network of a finished run: from its checkpoint, or built where nothing is trained.
 
-    None where the checkpoint is not there: it is not committed. ValueError where it is damaged.
+    None where the checkpoint is not there (it is not committed), or is of a training on another
+    machine: its loss is not the run's. ValueError where it is damaged.
     """
     if not run.needs_training:
         return build(run, places.weights).to(places.device).eval()
-    file = checkpoint_file(run, places.results)
+    file, history = checkpoint_file(run, places.results), run_folder(run, places.results)
     if not file.exists():
         return None
     net = build(replace(run, init="random", freeze_batchnorm=False))
     try:
-        net.load_state_dict(network_state(read_checkpoint(file)[1]))
+        meta, tensors = read_checkpoint(file)
+        loss = json.loads(meta["history"])[-1]["loss"]
+        if not np.isclose(loss, pd.read_csv(history / "history.csv")["loss"].iloc[-1], rtol=1e-4):
+            return None
+        net.load_state_dict(network_state(tensors))
     except (SafetensorError, RuntimeError) as error:
         reason = f"expected the run's tensors ({type(error).__name__})"
         raise ValueError(f"{file}: {reason}") from None

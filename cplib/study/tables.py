@@ -20,7 +20,7 @@ from cplib.run import BASELINES, Run
 from cplib.score import Scorer
 from cplib.study import store
 from cplib.study.profiles import METHOD, TABLE1, Profile
-from cplib.study.published import ROW, against_paper, save_table
+from cplib.study.published import NAMES, ROW, against_paper, save_table
 from cplib.study.sweep import Workspace, pixel_level_metrics
 from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 
@@ -129,28 +129,32 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
 
 
 def caption(workspace: Workspace, name: str) -> str:
-    """How a table's numbers were measured, in a line: stands above it."""
-    runs = [run for run in planned(workspace, name) if run.needs_training]
-    run = next((r for r in runs if r.method == METHOD), runs[0])
-    done = [r for r in runs if store.run_folder(r, workspace.results).exists()]
+    """How a table's networks were trained and scored, in a line: stands above it."""
+    head = f"Profile {workspace.profile.name}: "
+    runs = [run for run in planned(workspace, name) if run.method != "pretrained"]
+    runs = [run for run in runs if store.run_folder(run, workspace.results).exists()]
+    done = [run for run in runs if run.needs_training]
+    if not done:
+        return head + "nothing was trained for this table."
+    run = next((r for r in done if r.method == METHOD), done[0])
     records = [store.read(store.run_folder(r, workspace.results))[1] for r in done]
     start = "random weights" if run.init == "random" else "ImageNet weights"
     used = " and ".join(sorted({r["precision"] for r in records}))
-    split = {"CutPaste-3way": [r for r in done or runs if r.method == METHOD]}
-    split["other methods"] = [r for r in done or runs if r.method != METHOD]
+    half = any(r.method == "rotation" for r in done)
     parts = [
-        f"Profile {workspace.profile.name}: {run.backbone}, {run.size} px",
+        f"{run.backbone}, {run.size} px",
         f"training on {run.crop}-px crops" if run.crop else "",
         f"the last {run.whole:.0%} of updates on whole images" if run.whole else "",
         f"scores of {run.window}-px windows every {run.stride} px" if run.window else "",
         f"from {start}",
         f"{run.head_updates} updates of the head alone" if run.head_updates else "",
         f"{run.updates} updates of {run.sources} normal images and their copies",
+        "rotation: half of them" if half else "",
         f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
-        "seeds: " + ", ".join(f"{_seeds(rs)} ({name})" for name, rs in split.items() if rs),
-        f"trained in {used}, scored in fp32" if used else "",
+        f"seeds: {_seeds(runs)}",
+        f"trained in {used}, scored in fp32",
     ]
-    return ", ".join(filter(None, parts)) + "."
+    return head + ", ".join(filter(None, parts)) + "."
 
 
 def shortfalls(workspace: Workspace, runs: Iterable[Run]) -> str:
@@ -168,9 +172,10 @@ def shortfalls(workspace: Workspace, runs: Iterable[Run]) -> str:
         i = data.categories.index(name)
         for sort in ("train", "normal", "anomalous"):
             if here[sort] < (official := getattr(data, sort)[i]):
-                parts.append(f"Of {name} {here[sort]} of {official} {SORTS[sort]} images.")
+                found_here = f"Of {name} only {here[sort]} of the {official}"
+                parts.append(f"{found_here} {SORTS[sort]} images were at hand.")
         if not here["masks"]:
-            parts.append(f"Of {name} no masks.")
+            parts.append(f"For {name} no masks were at hand.")
     resized = [name for name, here in found.items() if max(here["size"]) < MVTEC_LEAST_SIDE]
     if data.train and resized:
         w, h = found[resized[0]]["size"]
@@ -183,10 +188,14 @@ def _weights(file: str) -> str:
 
 
 def _seeds(runs: list[Run]) -> str:
-    """How many seeds a method and category have, in words."""
-    found = {(run.method, run.category, run.seed) for run in runs}
-    counts = Counter(key[:2] for key in found).values()
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    """How many seeds each method has, in words: the fewest and the most over categories."""
+    found = Counter(key[:2] for key in {(run.method, run.category, run.seed) for run in runs})
+    words = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        counts = {n for (name, _), n in found.items() if name == method}
+        text = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        words.setdefault(text, []).append(NAMES[method])
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in words.items())
 
 
 # Metrics computed after training
@@ -431,7 +440,6 @@ TABLES = {
         metrics=IMAGE_METRICS,
         plan=lambda w: _plan(w.runs(BASELINES + TABLE1)),
         values=_image_level,
-        note="Rotation: half the normal images.",
     ),
     "table2_pixel_level": Table(
         notebook="04",
@@ -439,7 +447,7 @@ TABLES = {
         metrics=PIXEL_METRICS,
         plan=_pixel_plan,
         values=_pixel_level,
-        note="GradCAM: of the networks of Table 1.",
+        note="GradCAM: of all networks of Table 1.",
     ),
     "table3_pretrained_vs_finetuned": Table(
         notebook="05",
