@@ -28,7 +28,7 @@ body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
 img { max-width: 100%; height: auto; }
 img.math { height: 2.2em; }
 @media (prefers-color-scheme: dark) {
-  html { filter: invert(.92) hue-rotate(180deg); background: #141414; }
+  html { filter: invert(.92) hue-rotate(180deg); background: white; }
   img:not(.math) { filter: invert(1) hue-rotate(180deg); }
 }
 </style></head>"""

@@ -27,7 +27,8 @@ from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
 BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
 PASTED = ("cutout", METHOD)  # Table 6
-PIXEL_LEVEL = (*BASELINES, f"{METHOD}_gradcam", f"{METHOD}_patch", f"{METHOD}_patch_shared")
+PATCH = f"{METHOD}_patch"
+PIXEL_LEVEL = (*BASELINES, "untrained_shared", f"{METHOD}_gradcam", PATCH, f"{PATCH}_shared")
 LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 AXES = {
@@ -389,7 +390,7 @@ def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
     """The patch model and its baselines; where places have Gaussians of their own, also without."""
     plan = []
     for run in workspace.profile.patch_runs(workspace.categories, workspace.seeds):
-        name = f"{METHOD}_patch" if run.method == METHOD else run.method
+        name = PATCH if run.method == METHOD else run.method
         plan.append((Row(name), run))
         if run.per_position and run.method != "pretrained":
             plan.append((Row(f"{name}_shared"), replace(run, gaussians="shared")))
