@@ -472,15 +472,16 @@ def curves(workspace: Workspace) -> pd.DataFrame:
     """The test AUROC that finished runs noted on the way (never used to choose), a row a point.
 
     Of the profile's runs and of the paper's schedule cut short: ``schedule``, ``category``,
-    ``seed``, ``update``, ``minutes`` of training on the run's device, ``auroc``.
+    ``seed``, ``device``, ``update``, ``minutes`` of training on that device, ``auroc``.
     """
-    columns = ["schedule", "category", "seed", "update", "minutes", "auroc"]
+    columns = ["schedule", "category", "seed", "device", "update", "minutes", "auroc"]
     parts = [pd.DataFrame(columns=columns)]
     short = workspace.profile.short_paper_runs(workspace.categories)
     for run in workspace.runs((METHOD,)) + short:
-        file = store.run_folder(run, workspace.results) / "history.csv"
-        if run.curve and file.exists():
-            noted = pd.read_csv(file).dropna(subset="image_auroc")
+        folder = store.run_folder(run, workspace.results)
+        if run.curve and folder.exists():
+            noted = pd.read_csv(folder / "history.csv").dropna(subset="image_auroc")
+            noted["device"] = store.read(folder)[1]["device"]
             optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
             images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
             label = f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
