@@ -27,7 +27,9 @@ def mark(category: str) -> dict:
     """Colour and marker of a category, the same in every figure; of an unknown one by its name."""
     known = category in _MARKED
     i = _MARKED.index(category) if known else zlib.crc32(category.encode())
-    return {"color": PALETTE[i % 10], "marker": "osX^vDP*<>"[(i + i // 10) % 10]}
+    shade = 1 if i % 20 < 10 else 0.55  # ten colours, then the same darker
+    colour = tuple(shade * v for v in PALETTE[i % 10])
+    return {"color": colour, "marker": "osX^vDP*<>"[(i + i // 10) % 10]}
 
 
 def method_colour(method: str):
