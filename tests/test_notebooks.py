@@ -14,6 +14,7 @@ from cplib.apps.cli import main
 from cplib.apps.notebooks import NOTEBOOKS, run_notebooks, run_one
 from cplib.apps.workspace import ROOT, open_workspace
 from cplib.run import BASELINES
+from cplib.study.claims import measured, verdicts
 from cplib.study.profiles import PROFILES, TABLE1
 from cplib.study.sweep import UsageError
 from cplib.study.tables import FINETUNED, all_runs
@@ -97,6 +98,13 @@ def test_every_run_of_the_profile_is_there_and_nothing_else(smoke, home, demo_ro
     own = SMOKE.runs(BASELINES + TABLE1, SMOKE.categories)
     assert {run.id for run in planned} > {run.id for run in own}
     assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in planned}
+
+
+def test_claims_are_judged_when_everything_is_measured(smoke, home, demo_root, monkeypatch):
+    monkeypatch.setenv("CPLIB_RESULTS", str(home))
+    expected = verdicts(measured(open_workspace("smoke", str(demo_root))))["verdict"]
+    assert pd.read_csv(smoke / "tables" / "claims.csv")["verdict"].tolist() == expected.tolist()
+    assert expected.iloc[-6:-4].ne("not measured").all()  # Figure 3: the slowest notebook's
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cplib.study.tables import all_runs
 
 NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
+STAGES = (TRAINING, "03", "11")  # where to wait for all before: 11 reads what they measured
 MOST = 4  # notebooks at a time: each takes about a gigabyte
 NOTING = threading.Lock()  # two notebooks may end at once
 LONG = 1_000_000  # images to train on, from which the cost is shown first
@@ -52,7 +53,7 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
             for split in ("train", "test"):
                 workspace.load(category, split, size)
     failed = []
-    for group in _groups(chosen) if workspace.missing(runs) else [chosen]:
+    for group in _groups(chosen):
         if deadline:
             os.environ["CPLIB_BUDGET"] = f"{max(1, deadline - time.time()):.0f}s"
         train = workspace.profile.small and group[0].name > TRAINING and workspace.missing(runs)
@@ -65,8 +66,8 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
 
 
 def _groups(chosen: list[Path]) -> list[list[Path]]:
-    """The notebooks before the one that trains, that one, and those after."""
-    number = lambda path: (path.name > TRAINING) + (path.name[:2] > TRAINING)  # noqa: E731
+    """The notebooks before the one that trains, that one, those after, the claims on them all."""
+    number = lambda path: sum(path.name[:2] >= first for first in STAGES)  # noqa: E731
     return [list(group) for _, group in groupby(chosen, number)]
 
 
