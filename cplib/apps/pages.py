@@ -155,9 +155,10 @@ def readme_own(results: Path) -> str:
     best = rows[rows["recommended"] == 1].assign(candidate="**recommended**")
     rows = pd.concat([rows, best])
     grid = rows.pivot_table("image_auroc", "candidate", "category", sort=False)
-    grid["average"] = grid.mean(axis=1)
+    grid["average"] = grid.mean(axis=1, skipna=False)
     grid["ms an image"] = rows.groupby("candidate")["ms_an_image"].mean()
-    return markdown(grid.map("{:.1f}".format).rename_axis("image AUROC, %"))
+    grid = grid.map(lambda value: "" if pd.isna(value) else f"{value:.1f}")
+    return markdown(grid.rename_axis("image AUROC, %"))
 
 
 def readme_claims(results: Path) -> str:
