@@ -56,6 +56,7 @@ PAINTED = (("square", "color"), ("heart", "natural"))  # half transparent, SIDE 
 SIDE = (0.07, 0.15)
 STRIDE = 16  # pixels between the patch model's windows, as between the places of LEVELS
 FEW = 100  # normal images, below which every second one is held out instead of every fifth
+HELD = 200  # about so many are held out at most
 Images = Tensor | Sequence[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
 
@@ -250,7 +251,8 @@ def compare(
         pixels = read(run.size, run.pad)
         if len(pixels) < 4:
             raise ValueError(f"to compare takes four normal images at least, not {len(pixels)}")
-        held = torch.arange(len(pixels)) % (5 if len(pixels) >= FEW else 2) == 0
+        every = max(5, len(pixels) // HELD) if len(pixels) >= FEW else 2
+        held = torch.arange(len(pixels)) % every == 0
         began = time.time()
         run, net = _network(run, pixels[~held], places, deadline)
         scorer = Scorer.fit(run, net, pixels[~held])
