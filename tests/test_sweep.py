@@ -23,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cplib import datasets, train
 from cplib.metrics import image_metrics
@@ -191,6 +192,11 @@ def test_a_network_comes_from_a_whole_checkpoint_or_not_at_all(copied):
     pd.read_csv(history).assign(loss=9.0).to_csv(history, index=False)  # of another training
     assert load_network(SIEVE, copied) is None
     history.write_text(kept)
+    whole = file.read_bytes()
+    save_file({"weight": torch.zeros(1)}, file)  # of another program
+    with pytest.raises(ValueError, match=f"{file}: expected the run's tensors"):
+        load_network(SIEVE, copied)
+    file.write_bytes(whole)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"{file}: expected the run's tensors"):
         load_network(SIEVE, copied)

@@ -54,7 +54,7 @@ def write_pages(results: Path) -> Path:
 
 
 def _page(notebook, title: str) -> str:
-    """A notebook as HTML; links to notebooks lead to their pages, equations are pictures."""
+    """A notebook as HTML; links to notebooks lead to their pages, equations are images."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\$\$(.+?)\$\$", _equation, cell.source, flags=re.DOTALL)
@@ -68,14 +68,14 @@ def _page(notebook, title: str) -> str:
 
 
 def _equation(match: re.Match) -> str:
-    """An equation as a picture; as it is where matplotlib does not know a symbol."""
-    picture = io.BytesIO()
+    """An equation as an image; as it is where matplotlib does not know a symbol."""
+    image = io.BytesIO()
     try:
         with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"}):
-            math_to_image(f"${match[1].strip()}$", picture, format="svg")
+            math_to_image(f"${match[1].strip()}$", image, format="svg")
     except ValueError:
         return match[0]
-    coded = base64.b64encode(picture.getvalue()).decode()
+    coded = base64.b64encode(image.getvalue()).decode()
     return f'<img class="math" alt="equation" src="data:image/svg+xml;base64,{coded}">'
 
 

@@ -42,7 +42,7 @@ def method_colour(method: str):
 def use_style() -> None:
     """The companion's look: seaborn's colour-blind palette, light grid, small type.
 
-    In a notebook pictures are JPEG: photographs as PNG would make megabytes.
+    In a notebook figures are JPEG: photographs as PNG would make megabytes.
     """
     from IPython import get_ipython  # here: the command line needs none of it
     from matplotlib_inline.backend_inline import set_matplotlib_formats

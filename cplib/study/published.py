@@ -193,7 +193,7 @@ def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") 
     """Our means, categories down and methods across: only categories that every method has."""
     cells = table[(table["metric"] == metric) & ~table["category"].str.startswith("average")]
     grid = cells.pivot(index="category", columns="method", values="mean").reindex(columns=methods)
-    return grid.dropna(axis=1, how="all").dropna()
+    return grid.dropna(how="all").dropna(axis=1, how="all").dropna()
 
 
 def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:

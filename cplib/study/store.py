@@ -248,7 +248,7 @@ def load_network(run: Run, places: Places) -> PretextNet | None:
         if not np.isclose(loss, pd.read_csv(history / "history.csv")["loss"].iloc[-1], rtol=1e-4):
             return None
         net.load_state_dict(network_state(tensors))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, LookupError) as error:
         reason = f"expected the run's tensors ({type(error).__name__})"
         raise ValueError(f"{file}: {reason}") from None
     return net.to(places.device).eval()
