@@ -3,9 +3,10 @@
 A claim's ``order`` lists methods, or values of its ``setting``, the better first: "a b > c"
 compares a and b with c, "a > b > c" each with the next; the better may fall short by ``tolerance``
 points. ``group`` names the categories that it is about, "textures" or "aligned". A claim with a
-setting and no order says that no two of its values differ by more than a margin: the range of the
-paper's own averages and two of its standard errors. ``null`` is the same order with an untrained
-network in the trained one's place: where it holds, training is not what makes the claim hold.
+setting and no order says that no two of the paper's values differ by more than a margin: the range
+of the paper's own averages and two of its standard errors. ``null`` is the same order with an
+untrained network in the trained one's place: where it holds, training is not what makes the claim
+hold.
 """
 
 from itertools import combinations, pairwise, product
@@ -116,9 +117,8 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     categories = sorted({c for found in cells.values() for c in found.index})
     given = {name: pd.Series(level, categories) for name, level in LEVELS.items()}
     cells |= given | {name: printed[name] for name in QUOTED if name in printed}
-    tried = dict.fromkeys([*printed, *(name for name in cells if name not in given)])
     both_ways = not claim.order
-    pairs = list(combinations(tried, 2)) if both_ways else _pairs(claim.order)
+    pairs = list(combinations(printed, 2)) if both_ways else _pairs(claim.order)
     margin = _margin(numbers, claim.setting) if both_ways else _tolerance(claim)
     row |= {"margin": margin if both_ways else -margin, "comparisons": len(pairs)}
     judged = _judge(pairs, _gaps(pairs, cells, claim.group), margin, both_ways)

@@ -303,10 +303,11 @@ def estimate(planned: list[Run], places: Places) -> pd.DataFrame:
 def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     """Repeat a stored run from its ``run.json``: whether its scores came out the same, and a line.
 
-    On a CPU with the stored number of threads they must agree to the byte; across devices to
-    TOLERANCE of their spread. Raises ValueError where the data are not the stored run's.
+    On the same CPU with the stored number of threads they must agree to the byte; across devices
+    to TOLERANCE of their spread, which a long training exceeds: it rounds otherwise on another
+    device, and ends elsewhere. Raises ValueError where the data are not the stored run's.
     """
-    run, record, _ = store.read(folder)
+    run, record, metrics = store.read(folder)
     run = replace(run, precision=record["precision"])
     for split, stored in record["data"].items():
         images = datasets.load(places.data, run.category, split, run.size)
@@ -315,7 +316,7 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as scratch:
         scratch = places._replace(results=Path(scratch))
         again = execute(run, scratch, threads=record["threads"])
-        new = store.read(again)[1]
+        _, new, metrics_here = store.read(again)
         if new["weights"] != record["weights"]:
             raise ValueError(f"{folder}: other ImageNet weights than the stored run's")
         files = [Path(folder) / "scores.csv", again / "scores.csv"]
@@ -330,4 +331,6 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     same = gap <= TOLERANCE and not (
         record["device"] == new["device"] and new["device"].startswith("CPU")
     )
-    return same, f"scores differ by up to {gap:.2g} of their standard deviation"
+    there, here = (m["image_auroc"] or float("nan") for m in (metrics, metrics_here))
+    aurocs = f"{there:.1f} on {record['device']}, {here:.1f} on {new['device']}"
+    return same, f"scores differ by up to {gap:.2g} of their standard deviation; AUROC {aurocs}"
