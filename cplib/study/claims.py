@@ -349,7 +349,7 @@ def _sentence(row) -> str:
         text += f" {_interval_text(row.effect, row.low, row.high)} points"
         if row.comparisons > 1:
             text += f" ({_pair_text(row.weakest)}, the weakest of {row.compared})"
-        text += f", categories: {row.categories}"
+        text += f", {'kinds' if 'Table 6' in row.source else 'categories'}: {row.categories}"
         text += "." if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}."
     return text if pd.isna(row.null) else f"{text} Without training: {_null_text(row)}."
 
@@ -358,13 +358,13 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     """Write ``results/tables/claims.csv`` and ``.md``; returns the path of the CSV."""
     note = (
         f"Profile {workspace.profile.name}. AUROC, percentage points; 95 % intervals (Student's) "
-        "over categories. Without training: the same comparison with a random or an ImageNet "
-        "network in place of the trained one, the better of the two. Of several comparisons the "
-        "weakest difference, and an interval from the lowest end of all to the highest. The "
-        "paper's: of the same two, over all its categories. Inconclusive: the interval "
-        "holds both answers, a comparison is missing, or there are fewer than "
-        f"{LEAST_CATEGORIES} categories; then, how many would decide the weakest comparison if "
-        "they were like these."
+        "over categories, of Table 6 over its kinds of anomalies. Without training: the same "
+        "comparison with a random or an ImageNet network in place of the trained one, the better "
+        "of the two. Of several comparisons the weakest difference, and an interval from the "
+        "lowest end of all to the highest. The paper's: of the same two, over all its categories. "
+        "Inconclusive: the interval holds both answers, a comparison is missing, or there are "
+        f"fewer than {LEAST_CATEGORIES} categories; the last column then estimates how many "
+        "categories like these would decide it."
     )
     note = f"{note} {shortfalls(workspace, all_runs(workspace))}".strip()
     path = save_markdown(workspace.results, "claims", note, [readable(table)])

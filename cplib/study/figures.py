@@ -16,7 +16,8 @@ from cplib.datasets import DEMO, MVTEC
 from cplib.study.published import NAMES
 
 PALETTE = sns.color_palette("colorblind")
-_MARKED = (*DEMO.categories, *MVTEC.categories)
+_MARKED = {name: i for i, name in enumerate(DEMO.categories)}
+_MARKED |= {name: i - 5 for i, name in enumerate(MVTEC.categories)}  # keeps the measured apart
 _COLOURED = (
     *("cutpaste_3way", "cutout", "cutpaste", "scar", "cutpaste_scar", "rotation"),
     *("cutpaste_union", "cutout_mean", "cutout_color"),
@@ -25,8 +26,7 @@ _COLOURED = (
 
 def mark(category: str) -> dict:
     """Colour and marker of a category, the same in every figure; of an unknown one by its name."""
-    known = category in _MARKED
-    i = _MARKED.index(category) if known else zlib.crc32(category.encode())
+    i = _MARKED.get(category, zlib.crc32(category.encode()))
     shade = 1 if i % 20 < 10 else 0.55  # ten colours, then the same darker
     colour = tuple(shade * v for v in PALETTE[i % 10])
     return {"color": colour, "marker": "osX^vDP*<>"[(i + i // 10) % 10]}

@@ -1,6 +1,5 @@
 """The paper's tables, and two of our own, as measured here: the runs behind each, the values."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,24 +122,29 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     paper = datasets.DATASETS[workspace.profile.dataset].published and name != "unstated_choices"
     rows = [tuple(row) for row in table.rows(workspace.profile)]
     tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
-    parts = caption(workspace, name), table.note, shortfalls(workspace, planned(workspace, name))
+    parts = (
+        caption(workspace, name, values),
+        table.note,
+        shortfalls(workspace, planned(workspace, name)),
+    )
     note = " ".join(filter(None, parts))
     save_table(tidy, workspace.results, name, note)
     return tidy
 
 
-def caption(workspace: Workspace, name: str) -> str:
-    """How a table's networks were trained and scored, in a line: stands above it."""
+def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
+    """How the networks of a table with these values were trained and scored, in a line above it."""
     head = f"Profile {workspace.profile.name}: "
-    runs = [run for run in planned(workspace, name) if run.method != "pretrained"]
-    runs = [run for run in runs if store.run_folder(run, workspace.results).exists()]
-    done = [run for run in runs if run.needs_training]
+    runs = [run for run in planned(workspace, name) if run.needs_training]
+    done = [run for run in runs if store.run_folder(run, workspace.results).exists()]
     if not done:
-        return head + "nothing was trained for this table."
+        return head + f"nothing was trained for this table{_seeds(values)}."
     run = next((r for r in done if r.method == METHOD), done[0])
     records = [store.read(store.run_folder(r, workspace.results))[1] for r in done]
     start = "random weights" if run.init == "random" else "ImageNet weights"
-    used = " and ".join(sorted({r["precision"] for r in records}))
+    used, devices = (
+        " and ".join(sorted({r[key] for r in records})) for key in ("precision", "device")
+    )
     half = any(r.method == "rotation" for r in done)
     parts = [
         f"{run.backbone}, {run.size} px",
@@ -152,10 +156,9 @@ def caption(workspace: Workspace, name: str) -> str:
         f"{run.updates} updates of {run.sources} normal images and their copies",
         "rotation: half of them" if half else "",
         f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
-        f"seeds: {_seeds(runs)}",
-        f"trained in {used}, scored in fp32",
+        f"trained in {used} ({devices}), scored in fp32",
     ]
-    return head + ", ".join(filter(None, parts)) + "."
+    return head + ", ".join(filter(None, parts)) + f"{_seeds(values)}."
 
 
 def shortfalls(workspace: Workspace, runs: Iterable[Run]) -> str:
@@ -188,15 +191,16 @@ def _weights(file: str) -> str:
     return f"{file} ({SUBSTITUTES[file]})" if file in SUBSTITUTES else file
 
 
-def _seeds(runs: list[Run]) -> str:
+def _seeds(values: pd.DataFrame) -> str:
     """How many seeds each method has, in words: the fewest and the most over categories."""
-    found = Counter(key[:2] for key in {(run.method, run.category, run.seed) for run in runs})
+    found = values[~values["method"].str.contains("pretrained|ensemble")]
+    found = found.groupby(["method", "source" if "source" in found else "category"], sort=False)
     words = {}
-    for method in dict.fromkeys(run.method for run in runs):
-        counts = {n for (name, _), n in found.items() if name == method}
-        text = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    for method, counts in found["seed"].nunique().groupby("method", sort=False):
+        text = " to ".join(map(str, sorted({counts.min(), counts.max()})))
         words.setdefault(text, []).append(NAMES[method])
-    return "; ".join(f"{text} ({', '.join(names)})" for text, names in words.items())
+    texts = (f"{text} ({'; '.join(names)})" for text, names in words.items())
+    return f", seeds: {', '.join(texts)}" if words else ""
 
 
 # Metrics computed after training
@@ -448,7 +452,7 @@ TABLES = {
         metrics=PIXEL_METRICS,
         plan=_pixel_plan,
         values=_pixel_level,
-        note="GradCAM: of all networks of Table 1.",
+        note="GradCAM: the CutPaste-3way networks of Table 1.",
     ),
     "table3_pretrained_vs_finetuned": Table(
         notebook="05",
