@@ -304,8 +304,8 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     """Repeat a stored run from its ``run.json``: whether its scores came out the same, and a line.
 
     On the same CPU with the stored number of threads they must agree to the byte; across devices
-    to TOLERANCE of their spread, which a long training exceeds: it rounds otherwise on another
-    device, and ends elsewhere. Raises ValueError where the data are not the stored run's.
+    to TOLERANCE of their spread, which long trainings exceed: rounding differs between devices.
+    Raises ValueError where the data are not the stored run's.
     """
     run, record, metrics = store.read(folder)
     run = replace(run, precision=record["precision"])
@@ -331,6 +331,6 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     same = gap <= TOLERANCE and not (
         record["device"] == new["device"] and new["device"].startswith("CPU")
     )
-    there, here = (m["image_auroc"] or float("nan") for m in (metrics, metrics_here))
+    there, here = pd.Series([m["image_auroc"] for m in (metrics, metrics_here)], dtype=float)
     aurocs = f"{there:.1f} on {record['device']}, {here:.1f} on {new['device']}"
     return same, f"scores differ by up to {gap:.2g} of their standard deviation; AUROC {aurocs}"
