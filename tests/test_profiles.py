@@ -107,7 +107,9 @@ def test_only_cutpaste_3way_notes_its_auroc_on_the_way():
     assert QUICK.run("cutpaste", "tile").curve == 0
 
 
-def test_the_papers_schedule_is_cut_short_beside_quick_and_nowhere_else():
-    (run,) = QUICK.short_paper_runs(("tile",))
-    assert run == Run(method=METHOD, category="tile", updates=100, curve=4)
-    assert PAPER.short_paper_runs(("tile",)) == []
+def test_beside_quick_stand_the_papers_schedule_cut_short_and_its_own_four_times_as_long():
+    *short, longer = QUICK.other_schedules(("tile", "screw"))
+    fields = {"method": METHOD, "updates": 100, "curve": 4}
+    assert short == [Run(category="tile", **fields), Run(category="screw", **fields)]
+    assert longer == replace(QUICK.run(METHOD, "screw"), updates=2560)
+    assert PAPER.other_schedules(("tile", "screw")) == []

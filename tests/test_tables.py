@@ -226,13 +226,24 @@ def test_an_ensemble_is_the_auroc_of_the_seeds_mean_scores(tmp_path):
     assert (found["image_auroc"], found["members"], found["category"]) == (100, 2, "screw")
 
 
+def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "grid", "bottle")
+    plan = [p for p in TABLES["table2_pixel_level"].plan(workspace) if p[1].seed == 0]
+    found = {(run.category, row.method.removeprefix(tables.PATCH)): run for row, run in plan}
+    grid, bottle = found["grid", ""], found["bottle", ""]
+    assert found["grid", "_wide"] == replace(grid, window=64)
+    assert found["grid", "_longer"] == replace(grid, updates=2560)
+    assert found["bottle", "_shared"] == replace(bottle, gaussians="shared")
+    assert not {("grid", "_shared"), ("bottle", "_wide"), ("bottle", "_longer")} & set(found)
+
+
 # The schedules
 
 
-def test_curves_are_those_of_the_profiles_runs_and_the_papers_schedule_cut_short(tmp_path):
+def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
-    own, (cut, _) = QUICK.run(METHOD, "screw", 1), QUICK.short_paper_runs(workspace.categories)
+    own, (cut, *_) = QUICK.run(METHOD, "screw", 1), QUICK.other_schedules(workspace.categories)
     assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
     record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, cut, curve={25: 55, 100: 60})

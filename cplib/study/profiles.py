@@ -11,6 +11,7 @@ METHOD = "cutpaste_3way"
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", METHOD)
 # The patch model trains on crops of 64 px (4.2) and scores windows of 32 px at stride 4 (A.5).
 PATCH = {"crop": 64, "whole": 0.0, "window": 32, "stride": 4}
+LISTS = ("ablation", "four_times", "wide_windows")  # fields of a profile that name categories
 # The head alone for 10 "epochs", then all layers for 64, 24 images a batch (A.4).
 FINETUNE = {
     "backbone": "efficientnet_b4",
@@ -71,6 +72,8 @@ class Profile:
     sensitivity: Sensitivity = Sensitivity()
     anomalies: int = 40  # images painted of each kind in Table 6, at least
     cut_short: int = 0  # updates of the paper's schedule that stand beside (notebook 09); 0: none
+    four_times: tuple[str, ...] = ()  # categories also trained four times as long
+    wide_windows: tuple[str, ...] = ()  # categories also scored by windows of crop size (Table 2)
 
     def run(self, method: str, category: str, seed: int = 0, **changes) -> Run:
         """One run under this profile's protocol; a baseline keeps only what it depends on."""
@@ -130,11 +133,15 @@ class Profile:
         methods, seeds = (*BASELINES, METHOD), seeds or self.other_seeds
         return self.runs(methods, categories, seeds, **(FINETUNE | self.finetune))
 
-    def short_paper_runs(self, categories) -> list[Run]:
-        """The paper's schedule, cut to ``cut_short`` updates, a run a category."""
+    def other_schedules(self, categories) -> list[Run]:
+        """Runs whose curves stand beside the profile's own, one seed.
+
+        The paper's schedule cut to ``cut_short`` updates, and the own one four times as long.
+        """
         fields = {"dataset": self.dataset, "updates": self.cut_short, "curve": 4}
-        runs = [Run(method=METHOD, category=category, **fields) for category in categories]
-        return runs if self.cut_short else []
+        paper = [Run(method=METHOD, category=c, **fields) for c in categories if self.cut_short]
+        few = [c for c in categories if c in self.four_times]
+        return paper + [self.run(METHOD, c, updates=4 * self.protocol["updates"]) for c in few]
 
 
 def _profiles() -> dict[str, Profile]:
@@ -153,12 +160,12 @@ def _profile(name: str, sensitivity: dict | None = None, categories=(), **entrie
         else value
         for key, value in (sensitivity or {}).items()
     }
-    ablation = tuple(entries.pop("ablation", ()))
+    lists = {key: tuple(entries.pop(key, ())) for key in LISTS}
     return Profile(
         name=name,
         categories=tuple(categories) or DATASETS[entries["dataset"]].categories,
-        ablation=ablation,
         sensitivity=Sensitivity(**settings),
+        **lists,
         **entries,
     )
 

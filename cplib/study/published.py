@@ -33,6 +33,8 @@ NAMES = {
     "level7_finetuned": "finetuned, level 7",
     "cutpaste_3way_patch": "CutPaste-3way (patch)",
     "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
+    "cutpaste_3way_patch_wide": "CutPaste-3way (patch, windows of crop size)",
+    "cutpaste_3way_patch_longer": "CutPaste-3way (patch, four times as long)",
     "untrained_shared": "untrained (one Gaussian)",
     "untrained_ensemble": "untrained, ensemble",
     "one": "one Gaussian",

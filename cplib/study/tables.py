@@ -27,7 +27,8 @@ CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
 BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
 PASTED = ("cutout", METHOD)  # Table 6
 PATCH = f"{METHOD}_patch"
-PIXEL_LEVEL = (*BASELINES, "untrained_shared", f"{METHOD}_gradcam", PATCH, f"{PATCH}_shared")
+PATCHES = (PATCH, f"{PATCH}_shared", f"{PATCH}_wide", f"{PATCH}_longer")
+PIXEL_LEVEL = (*BASELINES, "untrained_shared", f"{METHOD}_gradcam", *PATCHES)
 LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 AXES = {
@@ -78,7 +79,7 @@ def planned(workspace: Workspace, name: str) -> list[Run]:
 def all_runs(workspace: Workspace) -> list[Run]:
     """Every run of every table, each once, in the order in which they are wanted."""
     runs = [run for name in TABLES for run in planned(workspace, name)]
-    return list(dict.fromkeys(runs + workspace.profile.short_paper_runs(workspace.categories)))
+    return list(dict.fromkeys(runs + workspace.profile.other_schedules(workspace.categories)))
 
 
 def measure(workspace: Workspace, name: str) -> pd.DataFrame:
@@ -391,13 +392,21 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
 
 
 def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
-    """The patch model and its baselines; where places have Gaussians of their own, also without."""
-    plan = []
-    for run in workspace.profile.patch_runs(workspace.categories, workspace.seeds):
+    """The patch model, its baselines, and the same with one thing changed.
+
+    One Gaussian where each place has its own; wider windows and a longer training for the
+    categories that the profile names.
+    """
+    plan, profile = [], workspace.profile
+    for run in profile.patch_runs(workspace.categories, workspace.seeds):
         name = PATCH if run.method == METHOD else run.method
         plan.append((Row(name), run))
         if run.per_position and run.method != "pretrained":
             plan.append((Row(f"{name}_shared"), replace(run, gaussians="shared")))
+        if run.method == METHOD and run.category in profile.wide_windows:
+            plan.append((Row(f"{PATCH}_wide"), replace(run, window=run.crop)))
+        if run.method == METHOD and run.category in profile.four_times:
+            plan.append((Row(f"{PATCH}_longer"), replace(run, updates=4 * run.updates)))
     return plan
 
 
@@ -475,13 +484,13 @@ TABLES = {
 def curves(workspace: Workspace) -> pd.DataFrame:
     """The test AUROC that finished runs noted on the way (never used to choose), a row a point.
 
-    Of the profile's runs and of the paper's schedule cut short: ``schedule``, ``category``,
+    Of the profile's runs and of those beside them: ``schedule``, ``category``,
     ``seed``, ``device``, ``update``, ``minutes`` of training on that device, ``auroc``.
     """
     columns = ["schedule", "category", "seed", "device", "update", "minutes", "auroc"]
     parts = [pd.DataFrame(columns=columns)]
-    short = workspace.profile.short_paper_runs(workspace.categories)
-    for run in workspace.runs((METHOD,)) + short:
+    others = workspace.profile.other_schedules(workspace.categories)
+    for run in workspace.runs((METHOD,)) + others:
         folder = store.run_folder(run, workspace.results)
         if run.curve and folder.exists():
             noted = pd.read_csv(folder / "history.csv").dropna(subset="image_auroc")
