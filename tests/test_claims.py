@@ -177,12 +177,12 @@ def test_a_quoted_method_has_the_papers_number_and_no_other_method_has():
     assert verdict({T2: frame}, "patch-over-p-svdd").verdict == "not measured"
 
 
-def test_table_6_is_compared_over_its_kinds_on_the_same_images():
+def test_table_6_is_compared_over_the_categories_that_were_painted_on():
     parts = [made_up({"cutout": 80 + i, METHOD: 90}) for i in range(len(SYNTHETIC))]
     frame = pd.concat(parts, keys=SYNTHETIC, names=["kind"]).reset_index(level=0)
     frame = frame.rename(columns={"category": "source", "kind": "category"})
     row = verdict({T6: frame}, "3way-over-cutout-shapes")
-    assert (row.verdict, row.categories) == ("reproduced", len(SYNTHETIC))
+    assert (row.verdict, row.categories) == ("reproduced", 5)
     assert row.effect == pytest.approx(10 - 3, abs=0.3)
     # The methods stand on other images now: what they do not share is left out.
     gone = (frame["method"] == METHOD) & (frame["source"] == FIVE[0])
@@ -217,6 +217,22 @@ def test_a_mixture_may_gain_less_than_its_tolerance():
     for mixture, expected in ((80.5, "reproduced"), (82, "not reproduced")):
         frame = made_up({"one": 80, "mixture": mixture})
         assert verdict({"density": frame}, "mixture-no-better").verdict == expected
+
+
+def test_what_several_comparisons_leave_open_all_of_them_decide_or_one_against():
+    by_pair = [
+        pd.Series([4.0, -3, 5, 2]),
+        pd.Series([1.0, 1.1, 1.2, 1.3]),
+        pd.Series([9.0, -9, 5, 2]),
+    ]
+    first, sure, last = map(claims.categories_needed, by_pair)
+
+    def judge(gaps):
+        return claims._judge([*"abc"], dict(zip("abc", gaps, strict=True)), 0.0)
+
+    assert sure < first < last == judge(by_pair)["needed"]
+    against = judge([by_pair[0], by_pair[1], -by_pair[2]])
+    assert (against["verdict"], against["needed"]) == ("inconclusive", last)
 
 
 def test_what_is_inconclusive_says_how_many_categories_would_decide_it():

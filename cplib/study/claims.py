@@ -103,7 +103,8 @@ def verdicts(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     interval lies above zero (along a setting: within the margin), and every comparison was
     measured; holds without training: so does every interval of the null. Not reproduced: one lies
     wholly below (beyond the margin). Else inconclusive, as with fewer than LEAST_CATEGORIES
-    categories; ``needed`` is how many would decide it if they were like those measured.
+    categories; ``needed`` is how many would decide it if they were like those measured: one
+    comparison against the claim, or all for it.
     """
     rows = [_row(claim, frames) for claim in CLAIMS.itertuples()]
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -161,9 +162,8 @@ def _cells(frame: pd.DataFrame, claim, column: str) -> Cells:
     if claim.setting:
         frame = frame[frame["setting"] == claim.setting]
     frame = frame.dropna(subset=column)
-    if "source" in frame:  # of Table 6: only images that every method was tried on
-        methods = frame.groupby("source")["method"].transform("nunique")
-        frame = frame[methods == frame["method"].nunique()]
+    if "source" in frame:  # of Table 6: the categories that were painted on, not the kinds
+        frame = frame.assign(category=frame["source"])
     groups = frame.groupby("value" if claim.setting else "method")
     return {name: part.groupby("category")[column].mean() for name, part in groups}
 
@@ -227,7 +227,10 @@ def _judge(
     complete = len(found) == len(pairs)
     row["verdict"] = REPRODUCED if holds and complete else NOT_REPRODUCED if fails else INCONCLUSIVE
     if row["verdict"] == INCONCLUSIVE and not holds:
-        row["needed"] = categories_needed(found[pair] - bound)
+        spare = [bound - gaps if both_ways else gaps - bound for gaps in found.values()]
+        undecided = [gaps for gaps in spare if interval(gaps)[0] <= 0]
+        against = [categories_needed(gaps) for gaps in undecided if gaps.mean() < 0]
+        row["needed"] = min(against) if against else max(map(categories_needed, undecided))
     finite = {"low": low, "high": high} if np.isfinite(high) else {}
     return row | {"weakest": " over ".join(pair), "effect": means[pair]} | finite
 
@@ -349,7 +352,7 @@ def _sentence(row) -> str:
         text += f" {_interval_text(row.effect, row.low, row.high)} points"
         if row.comparisons > 1:
             text += f" ({_pair_text(row.weakest)}, the weakest of {row.compared})"
-        text += f", {'kinds' if 'Table 6' in row.source else 'categories'}: {row.categories}"
+        text += f", categories: {row.categories}"
         text += "." if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}."
     return text if pd.isna(row.null) else f"{text} Without training: {_null_text(row)}."
 
@@ -358,10 +361,11 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     """Write ``results/tables/claims.csv`` and ``.md``; returns the path of the CSV."""
     note = (
         f"Profile {workspace.profile.name}. AUROC, percentage points; 95 % intervals (Student's) "
-        "over categories, of Table 6 over its kinds of anomalies. Without training: the same "
-        "comparison with a random or an ImageNet network in place of the trained one, the better "
-        "of the two. Of several comparisons the weakest difference, and an interval from the "
-        "lowest end of all to the highest. The paper's: of the same two, over all its categories. "
+        "over categories. Without training: the same comparison with a random or an ImageNet "
+        "network in place of the trained one, the better of the two. Of several comparisons the "
+        "weakest difference, and an interval from the lowest of all lower ends to the lowest of "
+        "all upper ends (Table 7: the highest). The paper's: of the same two, over all its "
+        "categories. "
         "Inconclusive: the interval holds both answers, a comparison is missing, or there are "
         f"fewer than {LEAST_CATEGORIES} categories; the last column then estimates how many "
         "categories like these would decide it."

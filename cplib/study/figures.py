@@ -181,7 +181,7 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
     """
     fig, ax = plt.subplots(figsize=(1.2 * grid.shape[1] + 3, 3.6))
     for category, row in grid.iterrows():
-        ax.plot(range(len(row)), row, ls="", ms=8, label=category, **mark(category))
+        ax.plot(range(len(row)), row, ls="", ms=8, label=category, clip_on=False, **mark(category))
     ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=28, mew=2, label="mean")
     ax.axhline(50, color="0.6", lw=1)
     ax.set_xticks(range(grid.shape[1]), [names.get(m, m) for m in grid], rotation=20, ha="right")

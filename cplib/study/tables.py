@@ -136,14 +136,14 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
 def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     """How the networks of a table with these values were trained and scored, in a line above it."""
     head = f"Profile {workspace.profile.name}: "
-    runs = [run for run in planned(workspace, name) if run.needs_training]
-    done = [run for run in runs if store.run_folder(run, workspace.results).exists()]
+    used = set(values["id"])
+    done = [run for run in planned(workspace, name) if run.needs_training and run.id in used]
     if not done:
         return head + f"nothing was trained for this table{_seeds(values)}."
     run = next((r for r in done if r.method == METHOD), done[0])
     records = [store.read(store.run_folder(r, workspace.results))[1] for r in done]
     start = "random weights" if run.init == "random" else "ImageNet weights"
-    used, devices = (
+    precision, devices = (
         " and ".join(sorted({r[key] for r in records})) for key in ("precision", "device")
     )
     half = any(r.method == "rotation" for r in done)
@@ -157,7 +157,7 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
         f"{run.updates} updates of {run.sources} normal images and their copies",
         "rotation: half of them" if half else "",
         f"{run.optimizer.replace('sgd', 'SGD').replace('adamw', 'AdamW')} {run.learning_rate:g}",
-        f"trained in {used} ({devices}), scored in fp32",
+        f"trained in {precision} ({devices}), scored in fp32",
     ]
     return head + ", ".join(filter(None, parts)) + f"{_seeds(values)}."
 
@@ -432,10 +432,11 @@ def _synthetic(workspace: Workspace) -> pd.DataFrame:
     for run in _ablation_runs(workspace, (*BASELINES, *PASTED)):
         least = workspace.profile.anomalies
         record = synthetic_metrics(run, least, workspace.places) or {"image_auroc": {}}
-        row = {"method": run.method, "source": run.category, "seed": run.seed}
+        row = {"method": run.method, "source": run.category, "seed": run.seed, "id": run.id}
         for kind, auroc in record["image_auroc"].items():
             rows.append(row | {"category": kind, "image_auroc": auroc})
-    return pd.DataFrame(rows, columns=["method", "category", "source", "seed", "image_auroc"])
+    columns = ["method", "category", "source", "seed", "id", "image_auroc"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _sensitivity(name: str) -> Table:
@@ -443,7 +444,7 @@ def _sensitivity(name: str) -> Table:
         notebook="09",
         rows=lambda profile: list(settings(profile, name)),
         plan=lambda workspace: _sensitivity_plan(workspace, name),
-        note="Each row changes one setting.",
+        note="Each row changes at most one setting.",
     )
 
 
@@ -497,6 +498,7 @@ def curves(workspace: Workspace) -> pd.DataFrame:
             noted["device"] = store.read(folder)[1]["device"]
             optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
             images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
+            images += f", then whole images ({run.whole:.0%})" if run.whole else ""
             label = f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
             noted = noted.assign(minutes=noted["seconds"] / 60, auroc=noted["image_auroc"])
             parts.append(noted.assign(schedule=label, category=run.category, seed=run.seed))
