@@ -243,20 +243,25 @@ def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):
 def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
-    own, (cut, *_) = QUICK.run(METHOD, "screw", 1), QUICK.other_schedules(workspace.categories)
+    own, (cut, _, longer) = (
+        QUICK.run(METHOD, "screw", 1),
+        QUICK.other_schedules(workspace.categories),
+    )
     assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
     record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, cut, curve={25: 55, 100: 60})
+    record(tmp_path, longer, curve={640: 70, 2560: 90})
     record(tmp_path, replace(own, category="wood"), curve={80: 99})
     record(tmp_path, replace(own, updates=10), curve={5: 99})
     found = curves(workspace)
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {
         "AdamW 0.0005, 64-px crops, 640 updates": [320, 640],
         "SGD 0.03, 256 px, 100 updates": [25, 100],
+        "AdamW 0.0005, 64-px crops, 2560 updates": [640, 2560],
     }
-    assert found["auroc"].tolist() == [80, 82, 55, 60]
+    assert found["auroc"].tolist() == [80, 82, 55, 60, 70, 90]
     assert found["minutes"].tolist() == found["update"].tolist()
-    assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0]
+    assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def captioned(workspace, name) -> str:
@@ -272,6 +277,9 @@ def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_p
         record(tmp_path, QUICK.run(METHOD, category, seed))
     caption = captioned(workspace, "table1_image_level")
     assert caption.endswith("scored in fp32, seeds: 1 (untrained), 1 to 2 (CutPaste-3way).")
+    values = workspace.collect(planned(workspace, "table1_image_level"))
+    untrained = values[values["method"] == "untrained"]
+    assert "nothing was trained" in tables.caption(workspace, "table1_image_level", untrained)
     for run in planned(workspace, STUDIES[0]):
         if not run_folder(run, tmp_path).exists():
             record(tmp_path, run)

@@ -154,7 +154,10 @@ def _pairs(order: str) -> list[tuple[str, str]]:
 
 
 def _cells(frame: pd.DataFrame, claim, column: str) -> Cells:
-    """The means over seeds of a column, by row and category; a row is a method, or a value."""
+    """The means over seeds (and Table 6's kinds) of a column, by row and category.
+
+    A row is a method, or a value.
+    """
     if frame.empty or column not in frame:
         return {}
     if "metric" in frame:
@@ -228,22 +231,24 @@ def _judge(
     row["verdict"] = REPRODUCED if holds and complete else NOT_REPRODUCED if fails else INCONCLUSIVE
     if row["verdict"] == INCONCLUSIVE and not holds:
         spare = [bound - gaps if both_ways else gaps - bound for gaps in found.values()]
-        undecided = [gaps for gaps in spare if interval(gaps)[0] <= 0]
-        against = [categories_needed(gaps) for gaps in undecided if gaps.mean() < 0]
-        row["needed"] = min(against) if against else max(map(categories_needed, undecided))
+        against = [categories_needed(gaps, len(found)) for gaps in spare if gaps.mean() < 0]
+        if against:
+            row["needed"] = pd.Series(against).min()
+        elif complete:
+            row["needed"] = np.max([categories_needed(gaps) for gaps in spare])
     finite = {"low": low, "high": high} if np.isfinite(high) else {}
     return row | {"weakest": " over ".join(pair), "effect": means[pair]} | finite
 
 
-def categories_needed(gaps: pd.Series) -> float:
-    """How many categories more than these would put zero outside the interval, were they alike.
+def categories_needed(gaps: pd.Series, comparisons: int = 1) -> float:
+    """How many categories, these and others like them, would put zero outside ``interval``.
 
     Infinitely many above MOST_CATEGORIES; NaN for one category, which says nothing of the spread.
     """
     if len(gaps) < 2:
         return np.nan
     n = np.arange(max(LEAST_CATEGORIES, len(gaps) + 1), MOST_CATEGORIES + 1)
-    enough = n[t.ppf(0.975, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
+    enough = n[t.ppf(1 - 0.025 / comparisons, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
     return float(enough[0]) if len(enough) else np.inf
 
 

@@ -140,8 +140,8 @@ class Profile:
         """
         fields = {"dataset": self.dataset, "updates": self.cut_short, "curve": 4}
         paper = [Run(method=METHOD, category=c, **fields) for c in categories if self.cut_short]
-        few = [c for c in categories if c in self.four_times]
-        return paper + [self.run(METHOD, c, updates=4 * self.protocol["updates"]) for c in few]
+        own = self.runs((METHOD,), [c for c in categories if c in self.four_times], 1)
+        return paper + [replace(run, updates=4 * run.updates) for run in own]
 
 
 def _profiles() -> dict[str, Profile]:

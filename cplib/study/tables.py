@@ -27,8 +27,8 @@ CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
 BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
 PASTED = ("cutout", METHOD)  # Table 6
 PATCH = f"{METHOD}_patch"
-PATCHES = (PATCH, f"{PATCH}_shared", f"{PATCH}_wide", f"{PATCH}_longer")
-PIXEL_LEVEL = (*BASELINES, "untrained_shared", f"{METHOD}_gradcam", *PATCHES)
+PIXEL_LEVEL = (*BASELINES, "untrained_shared", f"{METHOD}_gradcam", PATCH)
+PIXEL_LEVEL += (f"{PATCH}_shared", f"{PATCH}_wide", f"{PATCH}_longer")
 LEVEL = 7  # of Table 3, the stem being 1: the sixth of EfficientNet's stages
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 AXES = {
@@ -137,7 +137,8 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     """How the networks of a table with these values were trained and scored, in a line above it."""
     head = f"Profile {workspace.profile.name}: "
     used = set(values["id"])
-    done = [run for run in planned(workspace, name) if run.needs_training and run.id in used]
+    runs = planned(workspace, name) + workspace.runs((METHOD,))  # the latter are GradCAM's
+    done = [run for run in runs if run.needs_training and run.id in used]
     if not done:
         return head + f"nothing was trained for this table{_seeds(values)}."
     run = next((r for r in done if r.method == METHOD), done[0])
@@ -385,8 +386,8 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
     cams = []
     for run in workspace.runs((METHOD,)):
         if found := gradcam_metrics(run, workspace.places):
-            row = {"method": "cutpaste_3way_gradcam", "category": run.category, "seed": run.seed}
-            cams.append(row | found)
+            row = {"category": run.category, "seed": run.seed, "id": run.id}
+            cams.append(row | {"method": f"{METHOD}_gradcam"} | found)
     patch = _of_plan(workspace, TABLES["table2_pixel_level"].plan(workspace))
     return pd.concat([patch, pd.DataFrame(cams)])
 
@@ -394,8 +395,8 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
 def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
     """The patch model, its baselines, and the same with one thing changed.
 
-    One Gaussian where each place has its own; wider windows and a longer training for the
-    categories that the profile names.
+    One Gaussian where each place has its own; wider windows and a longer training for seed 0 of
+    the categories that the profile names.
     """
     plan, profile = [], workspace.profile
     for run in profile.patch_runs(workspace.categories, workspace.seeds):
@@ -403,9 +404,10 @@ def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
         plan.append((Row(name), run))
         if run.per_position and run.method != "pretrained":
             plan.append((Row(f"{name}_shared"), replace(run, gaussians="shared")))
-        if run.method == METHOD and run.category in profile.wide_windows:
+        first = run.method == METHOD and run.seed == 0
+        if first and run.category in profile.wide_windows:
             plan.append((Row(f"{PATCH}_wide"), replace(run, window=run.crop)))
-        if run.method == METHOD and run.category in profile.four_times:
+        if first and run.category in profile.four_times:
             plan.append((Row(f"{PATCH}_longer"), replace(run, updates=4 * run.updates)))
     return plan
 
@@ -485,7 +487,7 @@ TABLES = {
 def curves(workspace: Workspace) -> pd.DataFrame:
     """The test AUROC that finished runs noted on the way (never used to choose), a row a point.
 
-    Of the profile's runs and of those beside them: ``schedule``, ``category``,
+    Of the profile's runs and of its ``other_schedules``: ``schedule``, ``category``,
     ``seed``, ``device``, ``update``, ``minutes`` of training on that device, ``auroc``.
     """
     columns = ["schedule", "category", "seed", "device", "update", "minutes", "auroc"]
