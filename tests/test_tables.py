@@ -243,10 +243,8 @@ def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):
 def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
-    own, (cut, _, longer) = (
-        QUICK.run(METHOD, "screw", 1),
-        QUICK.other_schedules(workspace.categories),
-    )
+    own = QUICK.run(METHOD, "screw", 1)
+    cut, _, longer = QUICK.other_schedules(workspace.categories)
     assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
     record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, cut, curve={25: 55, 100: 60})

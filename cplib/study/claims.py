@@ -234,7 +234,7 @@ def _judge(
         against = [categories_needed(gaps, len(found)) for gaps in spare if gaps.mean() < 0]
         if against:
             row["needed"] = pd.Series(against).min()
-        elif complete:
+        elif complete:  # NaN with a comparison in one category only
             row["needed"] = np.max([categories_needed(gaps) for gaps in spare])
     finite = {"low": low, "high": high} if np.isfinite(high) else {}
     return row | {"weakest": " over ".join(pair), "effect": means[pair]} | finite
@@ -370,10 +370,9 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
         "network in place of the trained one, the better of the two. Of several comparisons the "
         "weakest difference, and an interval from the lowest of all lower ends to the lowest of "
         "all upper ends (Table 7: the highest). The paper's: of the same two, over all its "
-        "categories. "
-        "Inconclusive: the interval holds both answers, a comparison is missing, or there are "
-        f"fewer than {LEAST_CATEGORIES} categories; the last column then estimates how many "
-        "categories like these would decide it."
+        "categories. Inconclusive: the interval holds both answers, a comparison is missing, or "
+        f"there are fewer than {LEAST_CATEGORIES} categories; the last column then estimates how "
+        "many categories like these would decide it."
     )
     note = f"{note} {shortfalls(workspace, all_runs(workspace))}".strip()
     path = save_markdown(workspace.results, "claims", note, [readable(table)])

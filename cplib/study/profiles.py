@@ -11,7 +11,6 @@ METHOD = "cutpaste_3way"
 TABLE1 = ("rotation", "cutout", "scar", "cutpaste", "cutpaste_scar", METHOD)
 # The patch model trains on crops of 64 px (4.2) and scores windows of 32 px at stride 4 (A.5).
 PATCH = {"crop": 64, "whole": 0.0, "window": 32, "stride": 4}
-LISTS = ("ablation", "four_times", "wide_windows")  # fields of a profile that name categories
 # The head alone for 10 "epochs", then all layers for 64, 24 images a batch (A.4).
 FINETUNE = {
     "backbone": "efficientnet_b4",
@@ -154,20 +153,19 @@ def _profiles() -> dict[str, Profile]:
 
 
 def _profile(name: str, sensitivity: dict | None = None, categories=(), **entries) -> Profile:
-    settings = {
-        key: tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        if isinstance(value, list)
-        else value
-        for key, value in (sensitivity or {}).items()
-    }
-    lists = {key: tuple(entries.pop(key, ())) for key in LISTS}
     return Profile(
         name=name,
         categories=tuple(categories) or DATASETS[entries["dataset"]].categories,
-        sensitivity=Sensitivity(**settings),
-        **lists,
-        **entries,
+        sensitivity=Sensitivity(**_tuples(sensitivity or {})),
+        **_tuples(entries),
     )
+
+
+def _tuples(value):
+    """The same with a tuple in place of each list."""
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 PROFILES = _profiles()
