@@ -310,6 +310,16 @@ def load(
     return images
 
 
+def fingerprints(root: str | Path, category: str, size: int = 256) -> dict[str, str]:
+    """The `fingerprint` of each split; images that were decoded before are not read again."""
+    found = {}
+    for split in ("train", "test"):
+        items, masked = files(Path(root), category, split)
+        noted = _noted_fingerprint(_cache_entry(None, items, [split, _shape(size), masked]))
+        found[split] = noted or fingerprint(load(root, category, split, size))
+    return found
+
+
 def original_size(root: str | Path, category: str) -> tuple[int, int]:
     """Width and height in pixels of the category's first test image, as its file has it."""
     with Image.open(files(Path(root), category, "test")[0][0].image) as image:
@@ -491,6 +501,12 @@ def _cache_entry(cache: str | Path | None, items: list[Item], options: list) -> 
     folder = cache or os.environ.get("CPLIB_CACHE") or os.path.join(home, "cplib")
     name = f"{CACHE_PREFIX}{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     return Path(folder, name)
+
+
+def _noted_fingerprint(entry: Path) -> str | None:
+    with contextlib.suppress(Exception), safe_open(entry, framework="pt") as file:
+        return json.loads(file.metadata()["images"])["fingerprint"]
+    return None
 
 
 def _restore(entry: Path) -> Images | None:

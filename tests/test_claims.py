@@ -1,7 +1,7 @@
 """The paper's claims: verdicts follow from made-up runs, intervals cover what they promise."""
 
 import json
-import warnings
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -20,6 +20,8 @@ from cplib.study.store import Places, run_folder
 from cplib.study.sweep import Workspace
 from cplib.study.synthetic import SYNTHETIC
 from cplib.study.tables import AXES, TABLES
+
+from records import record
 
 T1, T2, T6 = "table1_image_level", "table2_pixel_level", "table6_synthetic_anomalies"
 T7 = "table7_learning_rate_and_epochs"
@@ -276,18 +278,16 @@ def test_insensitivity_follows_the_largest_difference_and_the_margin(levels, bet
 
 
 def test_the_claims_about_features_read_the_records_beside_the_runs(tmp_path):
-    workspace = Workspace(PROFILES["quick"], ("bottle", "screw", "grid"), Places(tmp_path))
+    profile = replace(PROFILES["quick"], categories=("bottle", "screw", "grid"))
+    workspace = Workspace(profile, profile.categories, Places(tmp_path))
     assert measured(workspace)["features"].empty
     for method, auroc in ((METHOD, 99), ("untrained", 60)):
         pairs = {f"{a} {b}": {"classifier_auroc": auroc} for a, b in PAIRS}
         found = {"gaussian_auroc": dict.fromkeys(GROUPS[1:], 40), "pairs": pairs}
         for run in workspace.runs((method,)):
-            folder = run_folder(run, workspace.results)
-            folder.mkdir(parents=True)
-            (folder / "features.json").write_text(json.dumps(found))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those folders hold no run
-        table = verdicts(measured(workspace)).set_index("id")
+            record(tmp_path, run)
+            (run_folder(run, tmp_path) / "features.json").write_text(json.dumps(found))
+    table = verdicts(measured(workspace)).set_index("id")
     found = table.loc[["synthetic-unlike-real", "synthetic-separates-real"]]
     assert list(found["verdict"]) == ["reproduced", "not reproduced"]
     assert list(found["effect"]) == [99 - 75, 40 - 50]

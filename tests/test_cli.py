@@ -12,7 +12,7 @@ import torch
 from cplib.apps.cli import main
 from cplib.apps.notebooks import NOTEBOOKS, choose
 from cplib.apps.workspace import ROOT, open_workspace, parse_budget
-from cplib.study.profiles import PROFILES, TABLE1
+from cplib.study.profiles import METHOD, PROFILES, TABLE1
 from cplib.study.sweep import UsageError
 
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
@@ -186,10 +186,16 @@ def test_a_workspace_takes_what_is_asked_and_else_the_profiles_own(
     for name, value in {"SEEDS": "3", "BUDGET": "1m", "WEIGHTS": str(tmp_path)}.items():
         monkeypatch.setenv(f"CPLIB_{name}", value)
     workspace = open_workspace("smoke", str(demo_root), "fabric, sieve")
-    assert [(r.category, r.seed) for r in workspace.runs(("cutpaste",))] == [
-        (category, seed) for category in ("fabric", "sieve") for seed in range(3)
-    ]
     assert (workspace.budget, workspace.places.weights) == (60, tmp_path)
+    assert workspace.shown == ("brick", "sieve", "fabric")
+    runs = workspace.runs(("cutpaste",))
+    cells = [(category, seed) for category in workspace.shown for seed in range(3)]
+    assert [(run.category, run.seed) for run in runs] == cells
+    assert workspace.missing(runs) == [run for run in runs if run.category != "brick"]
+    monkeypatch.setenv("CPLIB_SEEDS", "1")
+    few = open_workspace("smoke", str(demo_root), "sieve")
+    assert {r.seed for r in few.runs((METHOD,))} == {0, 1}  # the profile's
+    assert [r.seed for r in few.missing(few.runs((METHOD,)))] == [0]
 
 
 def test_another_data_set_is_named_in_its_runs_and_has_results_of_its_own(

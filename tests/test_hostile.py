@@ -168,7 +168,7 @@ def stored(tmp_path, files):
 def collected(tmp_path, files):
     """Whether the run is in the table; where it is not, a warning names its folder."""
     with warnings.catch_warnings(action="error"):
-        table = tried(stored(tmp_path, files), store.collect, [UNTRAINED], tmp_path)
+        table = tried(stored(tmp_path, files), store.collect, [UNTRAINED], Places(tmp_path))
     assert table is None or np.isreal(table["image_auroc"][0])
     return table is not None
 

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -32,8 +33,8 @@ from cplib.run import Run
 from cplib.score import Scorer
 from cplib.study import store, sweep
 from cplib.study.profiles import PROFILES
-from cplib.study.store import Places, checkpoint_file, collect, load_network, run_folder
-from cplib.study.sweep import Workspace, estimate, execute, execute_all, missing, rerun
+from cplib.study.store import Places, checkpoint_file, collect, load_network, run_folder, stock
+from cplib.study.sweep import Workspace, by_training, estimate, execute, execute_all, rerun
 
 SMALL = {"dataset": "demo", "size": 64, "updates": 8, "sources": 2, "precision": "fp32"}
 SIEVE = Run(method="cutpaste", category="sieve", curve=2, **SMALL)
@@ -204,6 +205,24 @@ def test_a_network_comes_from_a_whole_checkpoint_or_not_at_all(copied):
     assert load_network(SIEVE, copied) is None
 
 
+@pytest.mark.parametrize("edited", [None, "results/x", "cplib/y.py"])
+def test_the_commit_is_dirty_where_the_code_was_edited_alone(tmp_path, monkeypatch, edited):
+    there = tmp_path / "cplib" / "study" / "store.py"
+    there.parent.mkdir(parents=True)
+    there.touch()
+    monkeypatch.setattr(store, "__file__", str(there))
+    assert store.git_commit() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    if edited:
+        (tmp_path / edited).parent.mkdir(exist_ok=True)
+        (tmp_path / edited).touch()
+    assert store.git_commit().endswith("-dirty") == (edited == "cplib/y.py")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert store.git_commit() is None
+
+
 # Killed
 
 
@@ -225,8 +244,6 @@ def work(pipe, run, places, moment="") -> None:
         Path.replace = die
     if moment == "half a folder":
         Path.rename = die
-    if moment == "whole folder":
-        store.remove_leftovers = die
     execute(run, places)
 
 
@@ -264,13 +281,16 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(undisturbed, pl
     assert left_behind(places.results) == []
 
 
-@pytest.mark.parametrize("moment", ["half a checkpoint", "half a folder", "whole folder"])
+@pytest.mark.parametrize("moment", ["half a checkpoint", "half a folder"])
 def test_killed_at_the_worst_moment_nothing_is_lost_or_left(undisturbed, places, moment):
     with process(work, BRICK, places, moment) as (worker, _):
         worker.join(60)
         assert worker.exitcode == -signal.SIGKILL
-    assert bool(left_behind(places.results)) == (moment != "whole folder")
-    assert run_folder(BRICK, places.results).exists() == (moment == "whole folder")
+    parts = [*places.results.glob("*/.part-*")]
+    assert parts
+    assert not run_folder(BRICK, places.results).exists()
+    for part in parts:
+        os.utime(part, (time.time() - 2 * store.STALE,) * 2)
     execute_all([BRICK], places, jobs=1)
     assert_same(places.results, undisturbed, [BRICK])
     assert left_behind(places.results) == []
@@ -358,12 +378,12 @@ def test_a_budget_stops_cleanly_and_another_call_finishes(undisturbed, places, m
 
 def test_a_run_that_is_there_is_not_repeated_and_needs_no_data(copied):
     shutil.rmtree(run_folder(BRICK, copied.results))
-    assert missing([*RUNS, BRICK], copied.results) == [BRICK]
+    assert stock([*RUNS, BRICK], copied).todo == [BRICK]
     stored = run_folder(SIEVE, copied.results) / "run.json"
     before = stored.stat().st_mtime_ns
     assert states(execute_all(RUNS, copied, jobs=1)) == [(BRICK, "done")]
     assert stored.stat().st_mtime_ns == before
-    assert execute_all(RUNS, copied._replace(data=Path("nowhere"))) == []
+    assert execute_all(RUNS, copied._replace(data=None)) == []
     assert execute(SIEVE, copied._replace(data=None)) == stored.parent
 
 
@@ -375,25 +395,161 @@ def test_an_unknown_engine_and_a_lack_of_ray_are_one_clear_line(places, monkeypa
         execute_all(RUNS, places, engine="ray")
 
 
-@pytest.mark.parametrize(("gigabytes", "expected"), [(8, 1), (24, 2), (80, 8)])
-def test_as_many_runs_share_a_gpu_as_its_memory_holds(monkeypatch, gigabytes, expected):
-    gpu = SimpleNamespace(total_memory=gigabytes * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+# GPUs: none is here, so torch is asked about made-up ones.
+
+
+@pytest.mark.parametrize(
+    ("memories", "cores", "host", "expected"),
+    [
+        ([8], 16, 128, 1),
+        ([24], 16, 128, 2),
+        ([80], 16, 128, 8),
+        ([139], 16, 128, 13),
+        ([80] * 8, 32, 512, 32),  # by its cores
+        ([80] * 8, 128, 256, 42),  # by its own memory
+    ],
+)
+def test_as_many_jobs_share_gpus_as_memories_and_cores_hold(
+    monkeypatch, memories, cores, host, expected
+):
+    size = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": host * 2**30 // 4096}
+    monkeypatch.setattr(os, "sysconf", size.get)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    make_gpus(monkeypatch, memories)
     assert sweep.jobs_here("cuda", 1) == expected
 
 
-def test_a_workspace_refuses_results_of_other_images_and_to_train_without_any(copied, demo_root):
-    def workspace(data):
-        return Workspace(PROFILES["smoke"], ("sieve",), copied._replace(data=data))
+def make_gpus(monkeypatch, gigabytes):
+    """As if torch saw GPUs of so much memory."""
 
-    other = shutil.copytree(demo_root, copied.results.parent / "other")
-    assert workspace(demo_root).missing([SIEVE, UNTRAINED]) == [UNTRAINED]
-    shutil.copy(other / "sieve/test/good/000.png", other / "sieve/test/good/001.png")
-    with pytest.raises(sweep.UsageError, match="runs on other images of 'sieve'"):
-        workspace(other).missing([SIEVE, UNTRAINED])
+    def properties(device):
+        return SimpleNamespace(total_memory=gigabytes[torch.device(device).index or 0] * 2**30)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gigabytes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ["cpu"] * 4),
+        ("cuda", ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]),
+        ("cuda:1", ["cuda:1"] * 4),
+    ],
+)
+def test_jobs_go_round_the_gpus_of_the_machine(monkeypatch, device, expected):
+    make_gpus(monkeypatch, [24, 24, 24])
+    options = {"places": Places(Path(), device=device)}
+    assert [sweep.on_device(options, i)["places"].device for i in range(4)] == expected
+
+
+# Runs that share a training
+
+
+PATCH = replace(SIEVE, curve=0, window=32, stride=16)
+TWIN = replace(PATCH, gaussians="shared")
+
+
+def test_runs_of_one_training_are_one_job_and_the_noted_curve_comes_first():
+    assert by_training([PATCH, BRICK, TWIN, SIEVE]) == [[SIEVE, PATCH, TWIN], [BRICK]]
+
+
+def test_two_workers_train_the_network_of_two_runs_once(undisturbed, places):
+    outcomes = execute_all([PATCH, TWIN, SIEVE], places, jobs=2)
+    assert states(outcomes) == [(run, "done") for run in (PATCH, TWIN, SIEVE)]
+    records = [store.read(run_folder(run, places.results))[1] for run in (PATCH, TWIN, SIEVE)]
+    assert len({record["train_seconds"] for record in records}) == 1  # of the one checkpoint
+    assert_same(places.results, undisturbed, [SIEVE])
+    assert pd.read_csv(run_folder(SIEVE, places.results) / "history.csv")["image_auroc"].any()
+
+
+def test_a_part_that_another_process_writes_is_left_and_an_old_one_removed(places):
+    file = checkpoint_file(BRICK, places.results)
+    file.parent.mkdir(parents=True)
+    young, old = (file.with_name(f".part-{file.name}-{name}") for name in ("young", "old"))
+    half = places.results / "runs" / f".part-{BRICK.id}"
+    half.mkdir(parents=True)
+    young.touch(), old.touch()
+    for path in (old, half):
+        os.utime(path, (time.time() - 2 * store.STALE,) * 2)
+    assert states(execute_all([BRICK], places, jobs=1)) == [(BRICK, "done")]
+    assert left_behind(places.results) == [young.name]
+
+
+# Results of other images
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_run_counts_for_its_images_and_another_ones_folder_is_replaced_when_finished(
+    copied, split, monkeypatch
+):
+    here = replace(PROFILES["smoke"], categories=("brick", "sieve"))
+    other = shutil.copytree(copied.data, copied.results.parent / "other")
+    first, second = sorted((other / "sieve" / split / "good").glob("*.png"))[:2]
+    shutil.copy(first, second)
+    there, before = copied._replace(data=other), run_folder(SIEVE, copied.results)
+    kept = (before / "scores.csv").read_bytes()
+    (before / "extra.json").write_text("{}")
+    assert store.cached(SIEVE, "extra", None, copied) == {}
+    found = stock(RUNS, there)
+    assert (list(found.finished), list(found.outdated)) == ([BRICK, SECOND], [SIEVE])
+    assert store.cached(SIEVE, "extra", None, there._replace(read_only=True)) is None
+    assert load_network(SIEVE, there) is None
+    line = Workspace(here, ("sieve",), there).outdated(RUNS)
+    assert line.startswith("1 stored runs of sieve were measured on other images")
+    assert f"hours (as on {store.read(before)[1]['device']})" in line
+    assert "CPLIB_RESULTS" in line
+    assert Workspace(here, ("sieve",), copied).outdated(RUNS) == ""
+    assert list(stock(RUNS, copied._replace(data=None)).finished) == RUNS
+
+    with monkeypatch.context() as patch:  # what does not finish replaces nothing
+        patch.setattr(store, "save_file", Mock(side_effect=OSError("no room")))
+        patch.setattr(sweep, "assess", Mock(side_effect=ValueError("no scores")))
+        assert states(execute_all([SIEVE], there, jobs=1)) == [(SIEVE, "failed")]
+    assert (before / "scores.csv").read_bytes() == kept
+    assert states(execute_all(RUNS, there, jobs=1)) == [(SIEVE, "done")]
+    fresh = execute(SIEVE, there._replace(results=copied.results.parent / "fresh"))
+    assert (before / "scores.csv").read_bytes() == (fresh / "scores.csv").read_bytes() != kept
+    assert set(os.listdir(before)) == FILES
+    assert left_behind(copied.results) == []
+
+
+def test_runs_of_categories_that_the_data_lack_count(copied):
+    other = shutil.copytree(copied.data, copied.results.parent / "other")
+    shutil.rmtree(other / "sieve")
+    assert list(stock(RUNS, copied._replace(data=other)).finished) == RUNS
+
+
+def test_a_run_without_a_readable_record_is_named_and_left(copied):
+    broken = run_folder(SIEVE, copied.results)
+    (broken / "run.json").write_text("")
+    with pytest.warns(UserWarning, match=str(broken)):
+        found = stock(RUNS, copied)
+    assert (list(found.finished), found.todo) == ([BRICK, SECOND], [])
+
+
+def test_what_is_kept_beside_a_run_is_made_again_where_it_cannot_be_read(copied):
+    file = run_folder(SIEVE, copied.results) / "extra.json"
+    for content in ("", "[1]"):
+        file.write_text(content)
+        with pytest.warns(UserWarning, match=str(file)):
+            assert store.cached(SIEVE, "extra", lambda *_: {"a": 1}, copied) == {"a": 1}
+        assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_training_needs_data(copied):
     with pytest.raises(sweep.UsageError, match="1 runs need data"):
-        workspace(None).execute([UNTRAINED])
+        Workspace(PROFILES["smoke"], ("sieve",), copied._replace(data=None)).execute([UNTRAINED])
+
+
+def test_seeds_that_were_measured_before_are_shown(copied):
+    smoke = replace(PROFILES["smoke"], protocol={**SMALL, "updates": 4}, categories=("brick",))
+    smoke = replace(smoke, protocol={k: v for k, v in smoke.protocol.items() if k != "dataset"})
+    workspace = Workspace(smoke, ("brick",), copied)
+    assert workspace.runs(["cutpaste"]) == [BRICK, SECOND]
+    shutil.rmtree(run_folder(SECOND, copied.results))
+    assert workspace.runs(["cutpaste"]) == [BRICK]
 
 
 def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
@@ -410,26 +566,26 @@ def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
     checkpoint_file(SIEVE, half_done.results).write_bytes(b"\xff" * 999)
     assert states(execute_all([SIEVE], half_done, jobs=1)) == [(SIEVE, "done")]
     assert_same(half_done.results, undisturbed, [SIEVE])
-    assert left_behind(half_done.results) == []
+    assert [Path(name).suffix for name in left_behind(half_done.results)] == [".broken"]
 
 
 # Collected
 
 
 def test_collect_gives_a_row_a_finished_run_with_fields_metrics_and_seconds(copied):
-    table = collect([*RUNS, UNTRAINED, SIEVE], copied.results)
+    table = collect([*RUNS, UNTRAINED, SIEVE], copied)
     assert table["id"].tolist() == [run.id for run in RUNS]
     row = table.iloc[0]
     assert all(row[name] == value for name, value in asdict(SIEVE).items())
     metrics = store.read(run_folder(SIEVE, copied.results))[2]
     assert {name: row[name] for name in metrics} == metrics
     assert row["train_seconds"] > 0
-    empty = collect([UNTRAINED], copied.results)
+    empty = collect([UNTRAINED], copied)
     assert len(empty) == 0
     assert set(table) <= set(empty)
     change_record(run_folder(BRICK, copied.results), run=asdict(SECOND))
     with pytest.warns(UserWarning, match=f"{BRICK.id}: .*the record inside is of {SECOND.id}"):
-        assert collect(RUNS, copied.results)["id"].tolist() == [SIEVE.id, SECOND.id]
+        assert collect(RUNS, copied)["id"].tolist() == [SIEVE.id, SECOND.id]
 
 
 def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, monkeypatch):
@@ -441,14 +597,14 @@ def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, mon
     other = [replace(UNTRAINED, updates=1, crop=32), replace(SIEVE, size=128)]
     other += [replace(SIEVE, method="scar", backbone="efficientnet_b4")]
     monkeypatch.setattr(sweep, "device_name", lambda device: "abacus")
-    table = estimate([*todo, todo[0], *RUNS], copied)
+    table = estimate(todo, collect(RUNS, copied), copied)
     assert table["runs"].to_dict() == {"cutpaste_3way": 2, "rotation": 1, "untrained": 1}
     assert table["images"].tolist() == [2 * 100 * 2 * 3, 50 * 2 * 4, 0]
     assert table["hours"].tolist() == pytest.approx([1200 / 20 / 3600, 400 / 20 / 3600, 0])
-    assert estimate(other, copied)["hours"].isna().all()
-    assert estimate(RUNS, copied).empty
+    assert estimate(other, collect(RUNS, copied), copied)["hours"].isna().all()
+    assert estimate([], collect(RUNS, copied), copied).empty
     monkeypatch.setattr(sweep, "device_name", lambda device: "another")
-    assert estimate(todo, copied)["hours"].isna().all()
+    assert estimate(todo, collect(RUNS, copied), copied)["hours"].isna().all()
 
 
 # Repeated

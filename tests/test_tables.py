@@ -1,23 +1,23 @@
 """The tables of the study: what is planned, measured after training, and written."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from cplib import datasets
-from cplib.datasets import MVTEC
 from cplib.metrics import auroc_between
 from cplib.run import Run
 from cplib.score import Scorer
 from cplib.study import tables
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.published import ROW, published
-from cplib.study.store import RECORD_VERSION, Places, load_network, run_folder
+from cplib.study.store import Places, load_network, run_folder
 from cplib.study.sweep import Workspace, execute
 from cplib.study.synthetic import SYNTHETIC, paint
 from cplib.study.tables import AXES, TABLES, all_runs, compare, curves, planned, settings, values_of
+
+from records import official, record
 
 PAPER, QUICK = PROFILES["paper"], PROFILES["quick"]
 STUDIES = list(AXES)[:2]  # Tables 7 and 8
@@ -27,30 +27,6 @@ CONTRACT = ["category", "metric", "mean", "stderr", "seeds", "published_mean", "
 def workspace_of(name, results, *categories, seeds=None):
     profile = PROFILES[name]
     return Workspace(profile, categories or profile.categories, Places(results), seeds)
-
-
-def official(category):
-    """Counts of a category's images as MVTec AD has them."""
-    i = MVTEC.categories.index(category)
-    normal, anomalous = MVTEC.normal[i], MVTEC.anomalous[i]
-    here = {"train": MVTEC.train[i], "normal": normal, "anomalous": anomalous}
-    return here | {"masks": anomalous, "size": [900, 900]}
-
-
-def record(results, run, auroc=90.0, curve=None, images=None, weights=None):
-    """Write the folder of a made-up finished run; ``curve`` is {update: AUROC noted}."""
-    folder = run_folder(run, results)
-    folder.mkdir(parents=True)
-    head = {"version": RECORD_VERSION, "run": asdict(run), "threads": 1, "weights": weights}
-    head |= {"images": images or official(run.category)}
-    head |= {"data": {"train": "", "test": ""}, "device": "made up", "precision": "fp32"}
-    head |= {"train_seconds": 1.0, "images_per_second": 1.0}
-    (folder / "run.json").write_text(json.dumps(head))
-    (folder / "metrics.json").write_text(json.dumps({"image_auroc": auroc}))
-    history = pd.DataFrame({"update": sorted({1, *(curve or {})})})
-    history["seconds"] = 60.0 * history["update"]
-    history["image_auroc"] = history["update"].map(curve or {}).astype(float)
-    history.to_csv(folder / "history.csv", index=False)
 
 
 # What is planned
@@ -94,13 +70,18 @@ def test_the_run_that_changes_nothing_is_shared_and_comes_first(tmp_path, name, 
     assert {run for table in TABLES for run in planned(workspace, table)} <= set(everything)
 
 
-def test_a_study_takes_the_categories_at_hand_that_it_names_else_the_first(tmp_path):
+def test_a_study_takes_the_categories_that_the_profile_names_else_the_first(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "tile", seeds=2)
     for name in AXES:
-        cells = {(run.category, run.seed) for run in planned(workspace, name)}
-        assert cells == {("tile", 0), ("tile", 1)}
-    workspace = workspace_of("quick", tmp_path, "wood", "screw")
-    assert {run.category for run in planned(workspace, STUDIES[0])} == {"wood"}
+        shown = planned(workspace, name)
+        assert {run.category for run in shown} == {"tile", "transistor"}
+        assert {(run.category, run.seed) for run in workspace.missing(shown)} == {
+            ("tile", 0),
+            ("tile", 1),
+        }
+    own = replace(workspace, profile=replace(QUICK, categories=("bolt", "nut")))
+    own = replace(own, categories=("bolt", "nut"))
+    assert {run.category for run in planned(own, STUDIES[0])} == {"bolt"}
 
 
 def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path):
@@ -244,12 +225,11 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
     own = QUICK.run(METHOD, "screw", 1)
-    cut, _, longer = QUICK.other_schedules(workspace.categories)
+    cut, _, longer = QUICK.other_schedules(("screw", "tile"))
     assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
     record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, cut, curve={25: 55, 100: 60})
     record(tmp_path, longer, curve={640: 70, 2560: 90})
-    record(tmp_path, replace(own, category="wood"), curve={80: 99})
     record(tmp_path, replace(own, updates=10), curve={5: 99})
     found = curves(workspace)
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {

@@ -27,8 +27,8 @@ def commands() -> None:
 @commands.command()
 @profile_option
 @click.option("--data", default="", help="folder in the MVTec layout (else $MVTEC_ROOT)")
-@click.option("--categories", default="", help="a,b: only these")
-@click.option("--seeds", default="", help="how many (default: the profile's)")
+@click.option("--categories", default="", help="a,b: execute only these; tables show all")
+@click.option("--seeds", default="", help="execute only so many (default: the profile's)")
 @click.option("--only", default="", help="NN,NN: only these notebooks")
 @click.option("--from", "start", default="", help="NN: from this notebook on")
 @click.option("--engine", default="", help="local (default) or ray")

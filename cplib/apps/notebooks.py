@@ -39,17 +39,20 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
         "profile": workspace.profile.name,
         "data": relative(workspace.places.data),
         "categories": ",".join(workspace.categories),
-        "device": workspace.places.device,
+        "device": workspace.device,
     }
     deadline = time.time() + workspace.budget if workspace.budget else None
     print(f"profile {workspace.profile.name}: {', '.join(workspace.categories)};", end=" ")
-    print(f"device {workspace.places.device}\nresults in {workspace.results}", flush=True)
+    print(f"device {workspace.device}\nresults in {workspace.results}", flush=True)
     runs = all_runs(workspace)
-    cost = estimate(runs, workspace.places)
+    if line := workspace.outdated(runs):
+        print(line, flush=True)
+    todo = workspace.missing(runs)
+    cost = estimate(todo, workspace.collect(runs), workspace.places)
     if cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
     if workspace.places.data and any(path.name.startswith(TRAINING) for path in chosen):
-        for category, size in dict.fromkeys((run.category, run.size) for run in runs):
+        for category, size in dict.fromkeys((run.category, run.size) for run in todo):
             for split in ("train", "test"):
                 workspace.load(category, split, size)
     failed = []

@@ -19,6 +19,8 @@ def open_workspace(
 ) -> Workspace:
     """Find everything that a profile needs; an empty option means the profile's own.
 
+    ``categories`` and $CPLIB_SEEDS limit what is executed, not what tables show.
+
     The demo set is made where it is missing. MVTec AD is looked for in ``data``, then in
     $MVTEC_ROOT; without it what needs no images still works. ``categories`` is a list with commas.
     The rest is in the environment: $CPLIB_RESULTS (a folder of profiles), $CPLIB_WEIGHTS,
@@ -28,9 +30,10 @@ def open_workspace(
     if profile not in PROFILES:
         raise UsageError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
     root = _data(PROFILES[profile], data)
-    named = datasets.identify(root) if root else PROFILES[profile].dataset
-    chosen = replace(PROFILES[profile], dataset=named)
-    other = "" if named == PROFILES[profile].dataset else f"-{named}"  # tables of their own
+    chosen, other = PROFILES[profile], ""
+    if root and (named := datasets.identify(root)) != chosen.dataset:  # tables of their own
+        there = tuple(datasets.categories(root))
+        chosen, other = replace(chosen, dataset=named, categories=there), f"-{named}"
     home = Path(os.environ.get("CPLIB_RESULTS") or ROOT / "results").expanduser()
     results = home / f"{profile}{other}"
     weights = os.environ.get("CPLIB_WEIGHTS", "")
@@ -40,13 +43,16 @@ def open_workspace(
     engine = os.environ.get("CPLIB_ENGINE") or "local"
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
+    # The nodes of a Ray cluster may have GPUs where this machine has none.
+    here = find_device("auto" if (engine, device) == ("ray", "cuda") else device)
     return Workspace(
         profile=chosen,
         categories=_categories(chosen, categories, root),
-        places=Places(_writable(results), root, weights, find_device(device)),
+        places=Places(_writable(results), root, weights, here),
         seeds=_seeds(os.environ.get("CPLIB_SEEDS", "")),
         budget=parse_budget(os.environ.get("CPLIB_BUDGET", "")),
         engine=engine,
+        device=here if device == "auto" else device,
     )
 
 

@@ -9,6 +9,7 @@ untrained network in the trained one's place: where it holds, training is not wh
 hold.
 """
 
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 
@@ -55,8 +56,7 @@ Pair = tuple[str, str]
 
 def measured(workspace: Workspace) -> dict[str, pd.DataFrame]:
     """The recorded values of every table that a claim is about. Nothing is trained or scored."""
-    places = workspace.places._replace(data=None)
-    records = Workspace(workspace.profile, workspace.categories, places, workspace.seeds)
+    records = replace(workspace, places=workspace.places._replace(read_only=True))
     frames = {name: values_of(records, name) for name in CLAIMS["table"].unique() if name in TABLES}
     return frames | {"features": _features(records), "density": _densities(records)}
 

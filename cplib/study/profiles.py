@@ -106,31 +106,35 @@ class Profile:
             return replace(bare, init="imagenet", backbone=backbone)
         return replace(bare, backbone=run.backbone)
 
-    def runs(self, methods, categories, seeds: int | None = None, **changes) -> list[Run]:
-        """The runs of the methods and categories, with so many seeds or the profile's own."""
+    def runs(
+        self, methods, categories, seeds: int | None = None, *, least: int = 0, **changes
+    ) -> list[Run]:
+        """The runs of the methods and categories.
+
+        With ``seeds`` of each or the profile's own number, and never fewer than ``least``.
+        """
         return [
             self.run(method, category, seed, **changes)
             for category in categories
             for method in methods
-            for seed in range(self._seeds(method, seeds))
+            for seed in range(self._seeds(method, seeds, least))
         ]
 
-    def _seeds(self, method: str, wanted: int | None) -> int:
+    def _seeds(self, method: str, seeds: int | None, least: int) -> int:
         if method == "pretrained":  # the same features whatever the seed
             return 1
-        return wanted or (self.seeds if method == METHOD else self.other_seeds)
+        return max(least, seeds or (self.seeds if method == METHOD else self.other_seeds))
 
-    def patch_runs(self, categories, seeds: int | None = None) -> list[Run]:
+    def patch_runs(self, categories, least: int = 0) -> list[Run]:
         """The patch model's runs (Table 2), and the baselines scored on the same windows."""
-        fields = PATCH | self.patch | {"curve": 0}
-        methods, seeds = (*BASELINES, METHOD), seeds or self.other_seeds
-        runs = self.runs(methods, categories, seeds, **fields)
+        fields = PATCH | self.patch | {"curve": 0, "least": least}
+        runs = self.runs((*BASELINES, METHOD), categories, self.other_seeds, **fields)
         return [run for run in runs if run.method == METHOD or run.seed == 0]
 
-    def finetune_runs(self, categories, seeds: int | None = None) -> list[Run]:
+    def finetune_runs(self, categories, least: int = 0) -> list[Run]:
         """The runs of Table 3: its backbone untrained, from ImageNet, and finetuned (A.4)."""
-        methods, seeds = (*BASELINES, METHOD), seeds or self.other_seeds
-        return self.runs(methods, categories, seeds, **(FINETUNE | self.finetune))
+        fields = FINETUNE | self.finetune | {"least": least}
+        return self.runs((*BASELINES, METHOD), categories, self.other_seeds, **fields)
 
     def other_schedules(self, categories) -> list[Run]:
         """Runs whose curves stand beside the profile's own, one seed.

@@ -1,12 +1,12 @@
 """Run folders: the one place that writes, reads, checks and lists them."""
 
 import contextlib
-import glob
+import functools
 import json
-import os
 import platform
 import shutil
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -29,6 +29,7 @@ from cplib.train import network_state, read_checkpoint
 
 RECORD_VERSION = 1
 PEAK = "peak_within_16px"
+STALE = 3600  # seconds
 # Entries of run.json and their types.
 RECORD = {
     "threads": int,
@@ -55,12 +56,24 @@ TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
 class Places(NamedTuple):
-    """Where runs, images and ImageNet weights are, and on which device work is done."""
+    """Where runs, images and ImageNet weights are, and on which device work is done.
+
+    ``read_only``: stored records are read, and none is computed.
+    """
 
     results: Path
     data: Path | None = None
     weights: Path | None = None
     device: str = "cpu"
+    read_only: bool = False
+
+
+class Stock(NamedTuple):
+    """Which of the planned runs are stored: see ``stock``."""
+
+    finished: dict[Run, tuple[dict, dict]]  # record and metrics
+    outdated: dict[Run, dict]  # record of a run that was measured on other images
+    todo: list[Run]  # no folder, or outdated
 
 
 def run_folder(run: Run, results: str | Path) -> Path:
@@ -90,10 +103,12 @@ def write(
     """Write a run's folder: run.json, metrics.json, history.csv, scores.csv.
 
     ``scores`` are (N, P), an image's that of its worst window; windows' are kept, too, in
-    ``windows.safetensors``, which is not committed.
+    ``windows.safetensors``, which is not committed. The folder replaces one that was measured on
+    other images.
     """
     folder = run_folder(run, results)
     with atomic(folder, folder=True) as part:
+        old = part.with_name(f"{part.name}-old")
         columns = (test.names, test.kinds, test.labels, scores.amax(1))
         table = pd.DataFrame(dict(zip(SCORES, columns, strict=True)))
         table.to_csv(part / "scores.csv", index=False, float_format="%.9g")
@@ -102,6 +117,9 @@ def write(
         write_json(part / "run.json", record)
         if run.window:
             save_file({"scores": scores.float().contiguous()}, part / "windows.safetensors")
+        if folder.exists() and read(folder)[1]["data"] != record["data"]:
+            folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -145,11 +163,17 @@ def counts(images: dict, size: tuple[int, int]) -> dict:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, marked "-dirty" where edited; None outside git."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """The commit of the code that runs, "-dirty" if cplib was edited; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    edited = [*git, "status", "--porcelain", "--", "cplib", "pyproject.toml"]
+    try:
+        commit, changes = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in ([*git, "rev-parse", "--short", "HEAD"], edited)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}-dirty" if changes else commit
 
 
 def read(folder: str | Path) -> tuple[Run, dict, dict]:
@@ -210,22 +234,49 @@ def read_window_scores(folder: str | Path) -> torch.Tensor | None:
     return load_file(file)["scores"] if file.exists() else None
 
 
-def collect(planned: Iterable[Run], results: str | Path) -> pd.DataFrame:
-    """The finished ones of the planned runs, a row each: id, fields, metrics, seconds.
+def stored(results: str | Path) -> set[str]:
+    """The ids of the stored runs."""
+    runs = Path(results) / "runs"
+    return {path.name for path in runs.iterdir()} if runs.exists() else set()
 
-    ``precision`` is the recorded one. A folder that is not a run of this version is named in a
-    warning and left out.
+
+def stock(planned: Iterable[Run], places: Places) -> Stock:
+    """Which of the planned runs are finished, are outdated, and are to do.
+
+    A stored run counts for the images it was measured on: it is outdated where ``places.data``
+    has other training or test images of its category. Without data, or where the data lack the
+    category, every stored run counts. A folder that is not a run of this version is named in a
+    warning and left: its run is neither finished nor to do.
     """
-    rows = []
-    for folder in (run_folder(run, results) for run in dict.fromkeys(planned)):
-        if not folder.exists():
+    found, there = Stock({}, {}, []), stored(places.results)
+    at_hand = datasets.categories(places.data) if places.data else ()
+    here = functools.cache(functools.partial(datasets.fingerprints, places.data))
+    for run in dict.fromkeys(planned):
+        if run.id not in there:
+            found.todo.append(run)
             continue
         try:
-            run, record, metrics = read(folder)
+            _, record, metrics = read(run_folder(run, places.results))
         except ValueError as error:
             warnings.warn(str(error), stacklevel=2)
             continue
-        rows.append({"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}})
+        if run.category in at_hand and record["data"] != here(run.category, run.size):
+            found.outdated[run] = record
+            found.todo.append(run)
+        else:
+            found.finished[run] = record, metrics
+    return found
+
+
+def collect(planned: Iterable[Run], places: Places) -> pd.DataFrame:
+    """The finished ones of the planned runs, a row each: id, fields, metrics, seconds.
+
+    ``precision`` is the recorded one.
+    """
+    rows = [
+        {"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}}
+        for run, (record, metrics) in stock(planned, places).finished.items()
+    ]
     columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, PEAK, *TIMING]
     return pd.DataFrame(rows, columns=list(dict.fromkeys(columns)))
 
@@ -233,13 +284,14 @@ def collect(planned: Iterable[Run], results: str | Path) -> pd.DataFrame:
 def load_network(run: Run, places: Places) -> PretextNet | None:
     """The network of a finished run: from its checkpoint, or built where nothing is trained.
 
-    None where the checkpoint is not there (it is not committed), or is of a training on another
-    machine: its loss is not the run's. ValueError where it is damaged.
+    None where the run is not finished (see ``stock``), or its checkpoint is not there (it is not
+    committed) or of a training on another machine: its loss is not the run's. ValueError where it
+    is damaged.
     """
     if not run.needs_training:
         return build(run, places.weights).to(places.device).eval()
     file, history = checkpoint_file(run, places.results), run_folder(run, places.results)
-    if not file.exists():
+    if not file.exists() or run not in stock([run], places).finished:
         return None
     net = build(replace(run, init="random", freeze_batchnorm=False))
     try:
@@ -262,38 +314,45 @@ def cached(
 ) -> dict | None:
     """Metrics computed after training, ``compute(run, net, train, test)``, kept as ``<name>.json``.
 
-    None where neither they nor the network and the images are there; ValueError where the file is
-    no record.
+    None where the run is not finished, or neither they nor the network and the images are there.
+    A file that is no record is made again.
     """
-    folder = run_folder(run, places.results)
-    record = folder / f"{name}.json"
-    if not record.exists():
-        ready = folder.exists() and places.data is not None
-        net = load_network(run, places) if ready else None
-        if net is None:
-            return None
-        load = (datasets.load(places.data, run.category, s, run.size) for s in ("train", "test"))
-        found = compute(run, net, *load)
-        with atomic(record) as part:
-            write_json(part, found)
+    if run not in stock([run], places).finished:
+        return None
+    file = run_folder(run, places.results) / f"{name}.json"
+    if (found := _read_record(file)) is not None:
+        return found
+    net = None if places.read_only or places.data is None else load_network(run, places)
+    if net is None:
+        return None
+    load = (datasets.load(places.data, run.category, s, run.size) for s in ("train", "test"))
+    found = compute(run, net, *load)
+    with atomic(file) as part:
+        write_json(part, found)
+    return _read_record(file)
+
+
+def _read_record(file: Path) -> dict | None:
+    """A record beside a run; None where it is not there, or is no object of JSON (a warning)."""
+    if not file.exists():
+        return None
     try:
-        found = json.loads(record.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object of JSON")
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return found
+        raise ValueError("not an object of JSON")
     except BROKEN as error:
-        reason = f"{record}: no record ({error}); remove it to make it again"
-        raise ValueError(one_line(reason)) from error
-    return found
+        warnings.warn(one_line(f"{file}: no record ({error})"), stacklevel=3)
+        return None
 
 
-def remove_leftovers(run: Run, results: str | Path) -> None:
-    """Remove what killed processes left of a finished run; its checkpoint stays, to be scored."""
-    file = checkpoint_file(run, results)
-    names = glob.escape(run.id), glob.escape(file.stem)
-    parts = Path(results).glob(f"runs/.part-{names[0]}-*")
-    for part in (*parts, *file.parent.glob(f"*{names[1]}*")):
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        elif part != file:
-            with contextlib.suppress(OSError):  # a folder that is read-only keeps it
-                os.unlink(part)
+def remove_leftovers(results: str | Path) -> None:
+    """Remove what killed processes left half written: parts not touched for ``STALE`` seconds.
+
+    A younger part may be another process's, here or on another machine.
+    """
+    parts = [*Path(results).glob("*/.part-*"), *Path(results).glob("checkpoints/*.broken")]
+    for part in parts:
+        with contextlib.suppress(OSError):  # another process removed it; a folder is read-only
+            if part.stat().st_mtime < time.time() - STALE:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()

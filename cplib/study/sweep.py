@@ -23,11 +23,13 @@ from cplib.run import Run
 from cplib.score import Scorer, upsample_scores
 from cplib.study import store
 from cplib.study.profiles import Profile
-from cplib.study.store import PEAK, Places, checkpoint_file, collect, run_folder
+from cplib.study.published import in_order
+from cplib.study.store import PEAK, Places, checkpoint_file, collect, run_folder, stock
 from cplib.train import OutOfTime, device_name, read_checkpoint, training
 
 ENGINES = ("local", "ray")
-GPU_BYTES = 10 * 2**30  # a run's at most: 96 images of 256 px in fp32
+GPU_BYTES = 10 * 2**30  # a job's at most: 96 images of 256 px in fp32
+HOST_BYTES = 6 * 2**30  # of the machine's memory, where a job works on a GPU
 RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
 BAR = "{desc}: {n} of {total} done, {remaining} left"
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
@@ -39,19 +41,28 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Workspace:
-    """A profile with its data, results and device: what every notebook starts from."""
+    """A profile with its data, results and device: what every notebook starts from.
+
+    ``categories`` and ``seeds`` limit what is executed; tables show all that was measured.
+    """
 
     profile: Profile
     categories: tuple[str, ...]
     places: Places
-    seeds: int | None = None  # as asked for; None: the profile's
+    seeds: int | None = None  # None: the profile's
     budget: float | None = None  # seconds
     engine: str = "local"
+    device: str = "cpu"  # of training: on a Ray cluster not always that of ``places``
 
     @property
     def results(self) -> Path:
         """The folder of results."""
         return self.places.results
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The categories of the tables: the profile's, and those chosen."""
+        return tuple(dict.fromkeys(self.profile.categories + self.categories))
 
     def load(self, category: str, split: str, size: int = 256) -> datasets.Images:
         """One category's images."""
@@ -60,34 +71,56 @@ class Workspace:
         return datasets.load(self.places.data, category, split, size)
 
     def runs(self, methods: Iterable[str], categories: Iterable[str] = ()) -> list[Run]:
-        """Image-level runs of the methods, of these categories or all."""
-        return self.profile.runs(methods, categories or self.categories, self.seeds)
+        """Image-level runs of the methods, of these categories or all that are shown."""
+        planned = self.profile.runs(methods, categories or self.shown, least=self.seeds or 0)
+        there = store.stored(self.results)
+        return list(dict.fromkeys(more for run in planned for more in stored_seeds(run, there)))
 
     def missing(self, planned: list[Run]) -> list[Run]:
-        """Those of the planned runs that are not in the results yet.
+        """Those of the planned runs that are to be executed: of these categories and seeds."""
+        return [
+            run
+            for run in stock(planned, self.places).todo
+            if run.category in self.categories and run.seed < (self.seeds or run.seed + 1)
+        ]
 
-        UsageError where those that are there were measured on other images than these.
-        """
-        absent = missing(planned, self.results)
-        there = {(r.category, r.size): r for r in planned if r not in set(absent)}
-        for run in there.values() if self.places.data else ():
-            stored = store.read(run_folder(run, self.results))[1]["data"]["test"]
-            if stored != datasets.fingerprint(self.load(run.category, "test", run.size)):
-                raise UsageError(
-                    f"{self.results} holds runs on other images of {run.category!r}: "
-                    "set CPLIB_RESULTS to another folder"
-                )
-        return absent
+    def finished(self, planned: list[Run]) -> list[Run]:
+        """Those of the planned runs whose results count (``store.stock``)."""
+        return list(stock(planned, self.places).finished)
+
+    def outdated(self, planned: list[Run]) -> str:
+        """A line on the stored runs that do not count, with the hours of their training, or ""."""
+        records = stock(planned, self.places).outdated
+        if not records:
+            return ""
+        categories = ", ".join(in_order({run.category for run in records}))
+        trained = {run.training_id: record for run, record in records.items()}.values()
+        hours = sum(record["train_seconds"] for record in trained) / 3600
+        devices = " and ".join(sorted({record["device"] for record in trained}))
+        return (
+            f"{len(records)} stored runs of {categories} were measured on other images and do not "
+            f"count. Measuring them anew trains for about {hours:.1f} hours (as on {devices}), and "
+            "replaces them. To keep both, set CPLIB_RESULTS to another folder."
+        )
 
     def execute(self, todo: list[Run]) -> list["Outcome"]:
         """Execute runs with this workspace's data, device and budget."""
         if todo and self.places.data is None:
             raise UsageError(f"{len(todo)} runs need data: set MVTEC_ROOT or pass --data DIR")
-        return execute_all(todo, self.places, budget=self.budget, engine=self.engine)
+        places = self.places._replace(device=self.device)
+        return execute_all(todo, places, budget=self.budget, engine=self.engine)
 
     def collect(self, planned: list[Run]) -> pd.DataFrame:
         """The finished ones of the planned runs, a row each."""
-        return collect(planned, self.results)
+        return collect(planned, self.places)
+
+
+def stored_seeds(run: Run, there: set[str]) -> list[Run]:
+    """The run, and those of the ids ``there`` that differ from it in a higher seed alone."""
+    found = [run]
+    while (after := replace(found[-1], seed=found[-1].seed + 1)).id in there:
+        found.append(after)
+    return found
 
 
 def execute(run: Run, places: Places, *, threads: int = 1, deadline: float | None = None) -> Path:
@@ -96,19 +129,17 @@ def execute(run: Run, places: Places, *, threads: int = 1, deadline: float | Non
     On a CPU the scores depend on nothing but the run, the data and the number of ``threads``.
     The folder appears whole or not at all. Raises what ``load`` and ``training`` raise.
     """
-    folder = run_folder(run, places.results)
-    if not folder.exists():
+    if stock([run], places).todo:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             _execute(run, places, deadline)
         except OSError:
-            if not folder.exists():  # else another process finished the same run
+            if stock([run], places).todo:  # else another process finished the same run
                 raise
         finally:
             torch.set_num_threads(before)
-    store.remove_leftovers(run, places.results)
-    return folder
+    return run_folder(run, places.results)
 
 
 def _execute(run: Run, places: Places, deadline: float | None) -> None:
@@ -163,11 +194,6 @@ class Outcome:
     message: str = ""
 
 
-def missing(runs: list[Run], results: str | Path) -> list[Run]:
-    """The runs that have no folder yet, each once."""
-    return [run for run in dict.fromkeys(runs) if not run_folder(run, results).exists()]
-
-
 def execute_all(
     runs: list[Run],
     places: Places,
@@ -177,63 +203,101 @@ def execute_all(
     jobs: int | None = None,
     budget: float | None = None,
 ) -> list[Outcome]:
-    """Execute the runs that are missing; the outcomes come in the order of ``runs``.
+    """Execute the runs that are to do; the outcomes come in the order of ``runs``.
 
-    ``engine`` "local" runs ``jobs`` at a time on this machine (on a CPU one for ``threads``
-    cores, on a GPU as many as its memory holds); "ray" sends them to the cluster at $RAY_ADDRESS,
-    or one started here; data and results must lie where every node finds them. After ``budget``
-    seconds what runs is checkpointed and the rest left for another call. A run that fails does not
-    stop the others.
+    A job is a training with all runs that score its network. ``engine`` "local" works on ``jobs``
+    at a time on this machine (on a CPU one for ``threads`` cores, on GPUs see ``jobs_here``); "ray"
+    sends them to the cluster at $RAY_ADDRESS, or one started here; data and results must lie where
+    every node finds them. After ``budget`` seconds what runs is checkpointed and the rest left for
+    another call. A run that fails does not stop the others.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
-    todo = missing(runs, places.results)
-    for run in set(runs) - set(todo):
-        store.remove_leftovers(run, places.results)
+    todo = stock(runs, places).todo
+    store.remove_leftovers(places.results)
     folders = (path and Path(path).resolve() for path in places[:3])
     options = {"places": Places(*folders, places.device), "threads": threads}
     options["deadline"] = None if budget is None else time.time() + budget
+    trainings = by_training(todo)
     if engine == "ray":
-        work = _on_ray(todo, options)
+        work = _on_ray(trainings, options)
     else:
-        work = _on_joblib(todo, options, min(jobs or jobs_here(places.device, threads), len(todo)))
+        work = _on_joblib(trainings, options, jobs or jobs_here(places.device, threads))
+    outcomes = {}
     shown = {"bar_format": BAR, "disable": not todo, "file": sys.stdout}
-    bar = tqdm(work, total=len(todo), desc="runs", **shown)
-    with warnings.catch_warnings():  # joblib renews a worker whose memory has grown, and warns
+    with (
+        tqdm(total=len(todo), desc="runs", **shown) as bar,
+        warnings.catch_warnings(),  # joblib renews a worker whose memory has grown, and warns
+    ):
         warnings.filterwarnings("ignore", "A worker stopped")
-        outcomes = {outcome.run: outcome for outcome in bar}
+        for done in work:
+            outcomes |= {outcome.run: outcome for outcome in done}
+            bar.update(len(done))
     return [outcomes[run] for run in todo]
 
 
+def by_training(runs: list[Run]) -> list[list[Run]]:
+    """The runs grouped by training; one that notes AUROC on the way comes first in its group."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: not run.curve):  # stable: else in their order
+        groups.setdefault(run.training_id, []).append(run)
+    return [groups[key] for key in dict.fromkeys(run.training_id for run in runs)]
+
+
 def jobs_here(device: str = "cpu", threads: int = 1) -> int:
-    """Runs that this machine executes at a time: by its cores, or a GPU's memory; $CPLIB_JOBS."""
+    """How many jobs this machine works on at a time; $CPLIB_JOBS overrules it.
+
+    On a CPU one for ``threads`` cores. On GPUs as many as the memory of all, the cores and the
+    machine's own memory hold.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if asked := os.environ.get("CPLIB_JOBS"):
         return max(1, int(asked))
     if torch.device(device).type != "cuda":
         return max(1, cores // threads)
-    if not torch.cuda.is_available():  # the head of a Ray cluster may have none
-        return 1
-    return max(1, torch.cuda.get_device_properties(device).total_memory // GPU_BYTES)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_gpus = sum(jobs_on(gpu) for gpu in gpus(device))
+    return max(1, min(on_gpus, cores // threads, memory // HOST_BYTES))
 
 
-def _on_joblib(todo: list[Run], options: dict, jobs: int) -> Iterator[Outcome]:
+def gpus(device: str) -> list[str]:
+    """The GPUs that "cuda" stands for on this machine, by their numbers."""
+    if torch.device(device).index is not None:
+        return [device]
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def jobs_on(gpu: str) -> int:
+    """How many jobs a GPU's memory holds, at least one."""
+    return max(1, torch.cuda.get_device_properties(gpu).total_memory // GPU_BYTES)
+
+
+def _on_joblib(trainings: list[list[Run]], options: dict, jobs: int) -> Iterator[list[Outcome]]:
     """Outcomes as ``jobs`` processes on this machine deliver them, as they come."""
-    pool = Parallel(n_jobs=max(1, jobs), return_as="generator_unordered")
-    left = dict.fromkeys(todo)
+    pool = Parallel(n_jobs=max(1, min(jobs, len(trainings))), return_as="generator_unordered")
+    left = {runs[0]: runs for runs in trainings}
     try:
-        for outcome in pool(delayed(attempt)(run, **options) for run in todo):
-            del left[outcome.run]
-            yield outcome
+        for outcomes in pool(
+            delayed(attempt)(runs, **on_device(options, i)) for i, runs in enumerate(trainings)
+        ):
+            del left[outcomes[0].run]
+            yield outcomes
     except TerminatedWorkerError:  # the system ended a process, and joblib then ends them all
-        for run in left:
-            yield Outcome(
-                run, "failed", "its process died: too little memory? Set CPLIB_JOBS to fewer"
-            )
+        reason = "its process died: too little memory? Set CPLIB_JOBS to fewer"
+        yield [Outcome(run, "failed", reason) for runs in left.values() for run in runs]
 
 
-def _on_ray(todo: list[Run], options: dict) -> Iterator[Outcome]:
-    """Outcomes as a Ray cluster delivers them; Ray itself sends a lost node's runs elsewhere."""
+def on_device(options: dict, i: int) -> dict:
+    """The options of the i-th job: with several GPUs each takes the next one."""
+    places = options["places"]
+    if torch.device(places.device).type != "cuda":
+        return options
+    there = gpus(places.device)
+    return options | {"places": places._replace(device=there[i % len(there)])}
+
+
+def _on_ray(trainings: list[list[Run]], options: dict) -> Iterator[list[Outcome]]:
+    """Outcomes as a Ray cluster delivers them; Ray itself sends a lost node's jobs elsewhere."""
     try:
         import ray
     except ImportError as error:
@@ -242,25 +306,32 @@ def _on_ray(todo: list[Run], options: dict) -> Iterator[Outcome]:
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
     needs = {"num_cpus": options["threads"], "max_retries": RETRIES}
-    device = options["places"].device
-    if torch.device(device).type == "cuda":
-        needs["num_gpus"] = 1 / jobs_here(device, options["threads"])
+    if torch.device(options["places"].device).type == "cuda":  # the head may have no GPU itself
+        needs["num_gpus"] = 1 / (jobs_on("cuda") if torch.cuda.is_available() else 1)
     remote = ray.remote(**needs)(attempt)
-    waiting = {remote.remote(run, **options): run for run in todo}
+    waiting = {remote.remote(runs, **options): runs for runs in trainings}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        run = waiting.pop(ready)
+        runs = waiting.pop(ready)
         try:
-            outcome = ray.get(ready)
+            outcomes = ray.get(ready)
         except ray.exceptions.RayError as error:
-            outcome = Outcome(run, "failed", _line(error))
-        if outcome.state == "done" and not run_folder(run, options["places"].results).exists():
-            outcome = Outcome(run, "failed", "its node wrote to a folder that is not this one")
-        yield outcome
+            outcomes = [Outcome(run, "failed", _line(error)) for run in runs]
+        elsewhere = "its node wrote to a folder that is not this one"
+        yield [
+            Outcome(done.run, "failed", elsewhere)
+            if done.state == "done" and not run_folder(done.run, options["places"].results).exists()
+            else done
+            for done in outcomes
+        ]
 
 
-def attempt(run: Run, *, deadline: float | None = None, **options) -> Outcome:
-    """Execute one run and say what became of it instead of raising."""
+def attempt(runs: list[Run], *, deadline: float | None = None, **options) -> list[Outcome]:
+    """Execute the runs of one training and say what became of each instead of raising."""
+    return [_attempt(run, deadline, options) for run in runs]
+
+
+def _attempt(run: Run, deadline: float | None, options: dict) -> Outcome:
     if deadline is not None and time.time() > deadline:
         return Outcome(run, "out of time", "not started")
     try:
@@ -276,15 +347,14 @@ def _line(error: Exception) -> str:
     return store.one_line(f"{type(error).__name__}: {error}")
 
 
-def estimate(planned: list[Run], places: Places) -> pd.DataFrame:
-    """What the missing runs cost: a row a method with runs, images and hours of one device.
+def estimate(todo: list[Run], done: pd.DataFrame, places: Places) -> pd.DataFrame:
+    """What runs cost: a row a method with runs, images and hours of one device.
 
-    The rate is the median of the finished runs of this backbone, size of image and crop on that
-    device; runs without one count no hours.
+    The rate is the median of the ``done`` runs (see ``collect``) of this backbone, size of image
+    and crop on that device; runs without one count no hours.
     """
-    done = collect(planned, places.results)
-    here = done["device"] == device_name(torch.device(places.device))
-    done = done[done["images_per_second"].notna() & here]
+    here = device_name(torch.device(places.device))
+    done = done[done["images_per_second"].notna() & (done["device"] == here)]
     kind = ["backbone", "size", "crop"]
     rates = done.groupby(kind)["images_per_second"].median()
     rows = [
@@ -294,7 +364,7 @@ def estimate(planned: list[Run], places: Places) -> pd.DataFrame:
             "images": run.images,
             "hours": run.images / rates.get(attrgetter(*kind)(run), float("nan")) / 3600,
         }
-        for run in missing(planned, places.results)
+        for run in todo
     ]
     table = pd.DataFrame(rows, columns=["method", "runs", "images", "hours"])
     return table.groupby("method", sort=False).sum(min_count=1)

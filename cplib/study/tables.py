@@ -20,7 +20,7 @@ from cplib.score import Scorer
 from cplib.study import store
 from cplib.study.profiles import METHOD, TABLE1, Profile
 from cplib.study.published import NAMES, ROW, against_paper, save_table
-from cplib.study.sweep import Workspace, pixel_level_metrics
+from cplib.study.sweep import Workspace, pixel_level_metrics, stored_seeds
 from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 
 CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
@@ -73,13 +73,24 @@ class Table:
 
 def planned(workspace: Workspace, name: str) -> list[Run]:
     """The runs of a table, each once."""
-    return list(dict.fromkeys(run for _, run in TABLES[name].plan(workspace)))
+    return list(dict.fromkeys(run for _, run in plan_of(workspace, name)))
+
+
+def plan_of(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
+    """The runs of a table with their rows, those of further seeds that are stored among them."""
+    there = store.stored(workspace.results)
+    pairs = (
+        (row, more)
+        for row, run in TABLES[name].plan(workspace)
+        for more in stored_seeds(run, there)
+    )
+    return list(dict.fromkeys(pairs))
 
 
 def all_runs(workspace: Workspace) -> list[Run]:
     """Every run of every table, each once, in the order in which they are wanted."""
     runs = [run for name in TABLES for run in planned(workspace, name)]
-    return list(dict.fromkeys(runs + workspace.profile.other_schedules(workspace.categories)))
+    return list(dict.fromkeys(runs + workspace.profile.other_schedules(workspace.shown)))
 
 
 def measure(workspace: Workspace, name: str) -> pd.DataFrame:
@@ -95,11 +106,12 @@ def measure(workspace: Workspace, name: str) -> pd.DataFrame:
 def values_of(workspace: Workspace, name: str) -> pd.DataFrame:
     """The values of a table's finished runs."""
     table = TABLES[name]
-    return table.values(workspace) if table.values else _of_plan(workspace, table.plan(workspace))
+    return table.values(workspace) if table.values else _of_plan(workspace, name)
 
 
-def _of_plan(workspace: Workspace, plan: list[tuple[Row, Run]]) -> pd.DataFrame:
-    """The finished ones of the planned runs, under their rows."""
+def _of_plan(workspace: Workspace, name: str) -> pd.DataFrame:
+    """The finished ones of a table's runs, under their rows."""
+    plan = plan_of(workspace, name)
     found = workspace.collect([run for _, run in plan]).drop(columns="method")
     rows = pd.DataFrame([(*row, run.id) for row, run in plan], columns=[*ROW, "id"])
     return rows.merge(found, on="id")
@@ -108,12 +120,14 @@ def _of_plan(workspace: Workspace, plan: list[tuple[Row, Run]]) -> pd.DataFrame:
 def complete(workspace: Workspace, runs: list[Run], notebook: str) -> None:
     """Execute what is missing of a notebook's runs where the profile is small, else say how to."""
     todo = workspace.missing(runs)
+    if line := workspace.outdated(runs):
+        print(line)
     if todo and workspace.profile.small:
         for outcome in workspace.execute(todo):
             if outcome.state != "done":
                 print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
     elif todo:
-        print(f"{len(todo)} of {len(runs)} runs are not there. To train them:")
+        print(f"{len(todo)} runs are missing. To train them:")
         print(f"./run_all.sh --profile {workspace.profile.name} --data DIR --only 02,{notebook}")
 
 
@@ -168,8 +182,8 @@ def shortfalls(workspace: Workspace, runs: Iterable[Run]) -> str:
 
     From the runs' records, a sentence each; MVTec AD's images from the official numbers.
     """
-    folders = {run: store.run_folder(run, workspace.results) for run in runs}
-    records = {run: store.read(folder)[1] for run, folder in folders.items() if folder.exists()}
+    finished = store.stock(runs, workspace.places).finished
+    records = {run: record for run, (record, _) in finished.items()}
     files = {r["weights"]["file"] for r in records.values() if r["weights"]}
     parts = [f"ImageNet weights: {', '.join(map(_weights, sorted(files)))}."] if files else []
     found = {run.category: record["images"] for run, record in records.items()}
@@ -341,9 +355,10 @@ def _sensitivity_plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
     """
     profile, study = workspace.profile, workspace.profile.sensitivity
     wanted = study.open_categories if name == "unstated_choices" else study.categories
-    categories = [c for c in workspace.categories if c in wanted]
-    categories = categories or (workspace.categories[:1] if wanted else workspace.categories)
-    bases = profile.runs((METHOD,), categories, workspace.seeds or study.seeds, **study.protocol)
+    categories = [c for c in workspace.shown if c in wanted]
+    categories = categories or (workspace.shown[:1] if wanted else workspace.shown)
+    options = study.protocol | {"least": workspace.seeds or 0}
+    bases = profile.runs((METHOD,), categories, study.seeds, **options)
     plan = [
         (row, base if replace(base, **changes) == base else replace(base, curve=0, **changes))
         for row, changes in settings(profile, name).items()
@@ -365,7 +380,7 @@ def _plan(runs: Iterable[Run], names: dict[str, str] | None = None) -> list[tupl
 
 def _ablation_runs(workspace: Workspace, methods: tuple[str, ...]) -> list[Run]:
     """The runs of Tables 4 to 6: where a profile names categories for them, only those."""
-    few = [c for c in workspace.categories if c in workspace.profile.ablation]
+    few = [c for c in workspace.shown if c in workspace.profile.ablation]
     return workspace.runs(methods, few)
 
 
@@ -377,7 +392,7 @@ def _ablation(notebook: str, methods: tuple[str, ...]) -> Table:
 
 def _image_level(workspace: Workspace) -> pd.DataFrame:
     """Table 1's runs, and the ensemble of the seeds of cutpaste_3way."""
-    table = _of_plan(workspace, TABLES["table1_image_level"].plan(workspace))
+    table = _of_plan(workspace, "table1_image_level")
     return pd.concat([table, ensemble(workspace, table)])
 
 
@@ -388,7 +403,7 @@ def _pixel_level(workspace: Workspace) -> pd.DataFrame:
         if found := gradcam_metrics(run, workspace.places):
             row = {"category": run.category, "seed": run.seed, "id": run.id}
             cams.append(row | {"method": f"{METHOD}_gradcam"} | found)
-    patch = _of_plan(workspace, TABLES["table2_pixel_level"].plan(workspace))
+    patch = _of_plan(workspace, "table2_pixel_level")
     return pd.concat([patch, pd.DataFrame(cams)])
 
 
@@ -399,7 +414,7 @@ def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
     the categories that the profile names.
     """
     plan, profile = [], workspace.profile
-    for run in profile.patch_runs(workspace.categories, workspace.seeds):
+    for run in profile.patch_runs(workspace.shown, workspace.seeds or 0):
         name = PATCH if run.method == METHOD else run.method
         plan.append((Row(name), run))
         if run.per_position and run.method != "pretrained":
@@ -413,19 +428,20 @@ def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
 
 
 def _finetune_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
-    few = [c for c in workspace.categories if c in workspace.profile.ablation]
-    runs = workspace.profile.finetune_runs(few or workspace.categories, workspace.seeds)
+    few = [c for c in workspace.shown if c in workspace.profile.ablation]
+    runs = workspace.profile.finetune_runs(few or workspace.shown, workspace.seeds or 0)
     return _plan(runs, {"pretrained": "pool_pretrained", METHOD: "pool_finetuned"})
 
 
 def _finetuned(workspace: Workspace) -> pd.DataFrame:
     """Table 3's runs by their pooled features, and by those of a level of the same networks."""
     levels = []
-    for row, run in (plan := _finetune_plan(workspace)):
+    name = "table3_pretrained_vs_finetuned"
+    for row, run in plan_of(workspace, name):
         if row.method in FINETUNED and (found := level_metrics(run, workspace.places)):
             method = row.method.replace("pool", f"level{LEVEL}")
             levels.append({"method": method, "category": run.category, "seed": run.seed} | found)
-    return pd.concat([_of_plan(workspace, plan), pd.DataFrame(levels)])
+    return pd.concat([_of_plan(workspace, name), pd.DataFrame(levels)])
 
 
 def _synthetic(workspace: Workspace) -> pd.DataFrame:
@@ -492,12 +508,13 @@ def curves(workspace: Workspace) -> pd.DataFrame:
     """
     columns = ["schedule", "category", "seed", "device", "update", "minutes", "auroc"]
     parts = [pd.DataFrame(columns=columns)]
-    others = workspace.profile.other_schedules(workspace.categories)
-    for run in workspace.runs((METHOD,)) + others:
-        folder = store.run_folder(run, workspace.results)
-        if run.curve and folder.exists():
+    others = workspace.profile.other_schedules(workspace.shown)
+    finished = store.stock(workspace.runs((METHOD,)) + others, workspace.places).finished
+    for run, (record, _) in finished.items():
+        if run.curve:
+            folder = store.run_folder(run, workspace.results)
             noted = pd.read_csv(folder / "history.csv").dropna(subset="image_auroc")
-            noted["device"] = store.read(folder)[1]["device"]
+            noted["device"] = record["device"]
             optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
             images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
             images += f", then whole images ({run.whole:.0%})" if run.whole else ""
