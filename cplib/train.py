@@ -354,9 +354,13 @@ def resume(found, total, net, optimizer, generator, scaler) -> tuple[int, list, 
 
 
 def load_optimiser(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the optimiser's part of a checkpoint's tensors."""
+    """Load the optimiser's part of a checkpoint, each tensor in its parameter's memory format."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
     for key in (k for k in tensors if k.startswith("optimizer.")):
         _, i, name = key.split(".")
-        state["state"].setdefault(int(i), {})[name] = tensors[key]
+        parameter, value = parameters[int(i)], tensors[key]
+        if value.shape == parameter.shape:  # not the count of steps
+            value = torch.empty_like(parameter).copy_(value)
+        state["state"].setdefault(int(i), {})[name] = value
     optimizer.load_state_dict(state)

@@ -284,6 +284,27 @@ def test_a_run_stopped_after_every_update_ends_with_the_same_network(pixels, pat
     assert not [name for name in tensors if name.startswith("optimizer.")]
 
 
+@pytest.mark.parametrize("run", [TINY, ADAMW])
+def test_the_optimisers_state_is_read_in_the_memory_format_of_its_parameters(
+    pixels, path, monkeypatch, run
+):
+    stop(run, pixels, path)
+    saved, used = train.read_checkpoint(path)[1], []
+
+    def halt(run, net, optimizer, *rest):
+        used.append(optimizer)
+        raise train.OutOfTime
+
+    monkeypatch.setattr(train, "step", halt)
+    with pytest.raises(train.OutOfTime):
+        train.fit(run, pixels, checkpoint=path)
+    for i, parameter in enumerate(used[0].param_groups[0]["params"]):
+        for name, value in used[0].state[parameter].items():
+            assert torch.equal(value, saved.pop(f"optimizer.{i}.{name}"))
+            assert value.dim() != 4 or value.stride() == parameter.stride()
+    assert not [name for name in saved if name.startswith("optimizer.")]
+
+
 def test_a_checkpoint_is_written_as_often_as_asked_and_at_the_end(pixels, path, monkeypatch):
     written = []
     monkeypatch.setattr(train, "save", lambda *args: written.append(args[3]))
