@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -31,10 +32,15 @@ class OutOfTime(Exception):
 
 
 def precision(run: Run, device: str | torch.device) -> str:
-    """What the run trains in on this machine: "fp32", "bf16" or "fp16".
+    """What a new training of the run is in on this machine: "fp32", "bf16" or "fp16"."""
+    return precisions(run, device)[0]
 
-    What the run says; for "auto" what $CPLIB_PRECISION says, else bf16 where the hardware
-    multiplies in it, fp16 on a GPU with tensor cores but without bf16 (T4, V100), else fp32.
+
+def precisions(run: Run, device: str | torch.device) -> list[str]:
+    """What the run may be trained in on this machine, the best first.
+
+    What the run says; for "auto" what $CPLIB_PRECISION says, else all that the hardware multiplies
+    in. A training that resumes stays in its own if that is among them.
     """
     asked = run.precision
     if asked == "auto":
@@ -42,13 +48,23 @@ def precision(run: Run, device: str | torch.device) -> str:
     if asked not in PRECISIONS:
         raise ValueError(f"unknown CPLIB_PRECISION {asked!r}: one of {', '.join(PRECISIONS)}")
     if asked != "auto":
-        return asked
+        return [asked]
+    return [name for name in ("bf16", "fp16", "fp32") if computes_in(name, device)]
+
+
+def computes_in(name: str, device: str | torch.device) -> bool:
+    """Whether the hardware multiplies in a precision: every device does in fp32.
+
+    In fp16 a GPU with tensor cores does, even one without bf16 (T4, V100).
+    """
+    if name == "fp32":
+        return True
     if torch.device(device).type != "cuda":
         found = cpu_capabilities()
-        return "bf16" if any(found.get(name) for name in BF16_CPUS) else "fp32"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+        return name == "bf16" and any(found.get(unit) for unit in BF16_CPUS)
+    if name == "bf16":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def device_name(device: torch.device) -> str:
@@ -122,18 +138,23 @@ def training(
 
     Yields the network and its history, a dict a row (update, loss, accuracy, learning rate,
     seconds), at the ``run.curve`` updates and after the last one; what the caller adds to the last
-    row is kept. With ``checkpoint``, a file, training resumes from it and writes it every
-    $CPLIB_CHECKPOINT_SECONDS (default 30) and after the last update; past ``deadline`` (seconds
-    since the epoch) it is written and OutOfTime raised.
+    row is kept. With ``checkpoint``, a file, training resumes from it, in its precision, and writes
+    it every $CPLIB_CHECKPOINT_SECONDS (default 30) and after the last update; past ``deadline``
+    (seconds since the epoch) it is written and OutOfTime raised.
     """
+    about = provenance(run, pixels, device)
+    found = usable(checkpoint, run, about, device)
+    if found:
+        about["precision"] = found[0]["precision"]
+    settled = replace(run, precision=about["precision"])  # has another id than the run
     net = build(run, weights).to(device, memory_format=torch.channels_last)
     optimizer = optimiser(run, net)
     generator = torch.Generator(device).manual_seed(run.stream)
-    scaler = grad_scaler(run, device)
+    scaler = grad_scaler(settled, device)
     parts = net, optimizer, generator, scaler
-    about = provenance(run, pixels, device)
     total = run.total_updates
-    began, history, sums = resume(checkpoint, about, total, *parts)
+    began, history, sums = resume(found, total, *parts)
+    del found  # twice the network, or more
     update = began
     pixels, points = pixels.to(device), _marks(run, run.curve)
     rows = _marks(run, HISTORY_ROWS) | points
@@ -141,7 +162,7 @@ def training(
     started = saved = time.time() - (history[-1]["seconds"] if history else 0)
     while update < total:
         with _seeded(run, update, pixels.device):
-            sums += step(run, net, optimizer, pixels, generator, scaler, update)
+            sums += step(settled, net, optimizer, pixels, generator, scaler, update)
         update += 1
         if update in rows:
             history.append(_row(update, history, sums, optimizer, time.time() - started))
@@ -286,37 +307,60 @@ def network_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
 
 
-def resume(path, about, total, net, optimizer, generator, scaler) -> tuple[int, list, torch.Tensor]:
-    """Resume from a checkpoint: updates done, history and running sums; a fresh start without one.
+def usable(path, run, about, device) -> tuple[dict[str, str], dict[str, torch.Tensor]] | None:
+    """The checkpoint as ``read_checkpoint`` gives it; None where training starts afresh.
 
-    A checkpoint that cannot be read is set aside, and one of other images is left; unless all its
-    ``total`` updates are done, so is one of another device or precision. A line says so, and
-    training starts afresh.
+    One that cannot be read is set aside, and one of other images is left; unless all its updates
+    are done, so is one of another device, or of a precision that is not for the run here. A line
+    says so.
     """
-    fresh = 0, [], torch.zeros(2, device=generator.device)
     if path is None or not Path(path).exists():
-        return fresh
+        return None
     try:
         meta, tensors = read_checkpoint(path)
     except (SafetensorError, OSError) as error:
         with contextlib.suppress(FileNotFoundError):  # another process finished the run
             Path(path).replace(Path(path).with_suffix(".broken"))
         print(f"{path}: not a checkpoint ({error}); training starts afresh")
-        return fresh
+        return None
     if meta["run"] != about["run"]:
         raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {about['run']}")
-    finished = int(meta["update"]) == total
-    for name in ("data",) if finished else ("data", "device", "precision"):
+    finished, kept = int(meta["update"]) == run.total_updates, meta["precision"]
+    for name in ("data",) if finished else ("data", "device"):
         if meta[name] != about[name]:  # the same random numbers would not follow
             print(f"{path}: of another {name} ({meta[name]}); training starts afresh")
-            return fresh
+            return None
+    if not finished and kept not in precisions(run, device):
+        line = f"{path}: of another precision ({kept}); training starts afresh"
+        print(f"{line} (with CPLIB_PRECISION={kept} it resumes)")
+        return None
+    return meta, tensors
+
+
+def resume(found, total, net, optimizer, generator, scaler) -> tuple[int, list, torch.Tensor]:
+    """Resume from what ``usable`` found: updates done, history and running sums.
+
+    Of a training whose ``total`` updates are done the network alone is loaded.
+    """
+    if found is None:
+        return 0, [], torch.zeros(2, device=generator.device)
+    meta, tensors = found
     net.load_state_dict(network_state(tensors))
-    if not finished:
-        state = optimizer.state_dict()
-        for key in (k for k in tensors if k.startswith("optimizer.")):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = tensors[key]
-        optimizer.load_state_dict(state)
+    if int(meta["update"]) < total:
+        load_optimiser(optimizer, tensors)
         scaler.load_state_dict(json.loads(meta["scaler"]))
         generator.set_state(tensors["generator"].cpu())
     return int(meta["update"]), json.loads(meta["history"]), tensors["sums"].to(generator.device)
+
+
+def load_optimiser(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Load the optimiser's part of a checkpoint, each tensor in its parameter's memory format."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = optimizer.state_dict()
+    for key in (k for k in tensors if k.startswith("optimizer.")):
+        _, i, name = key.split(".")
+        parameter, value = parameters[int(i)], tensors[key]
+        if value.shape == parameter.shape:  # not the count of steps
+            value = torch.empty_like(parameter).copy_(value)
+        state["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(state)

@@ -284,6 +284,27 @@ def test_a_run_stopped_after_every_update_ends_with_the_same_network(pixels, pat
     assert not [name for name in tensors if name.startswith("optimizer.")]
 
 
+@pytest.mark.parametrize("run", [TINY, ADAMW])
+def test_the_optimisers_state_is_read_in_the_memory_format_of_its_parameters(
+    pixels, path, monkeypatch, run
+):
+    stop(run, pixels, path)
+    saved, used = train.read_checkpoint(path)[1], []
+
+    def halt(run, net, optimizer, *rest):
+        used.append(optimizer)
+        raise train.OutOfTime
+
+    monkeypatch.setattr(train, "step", halt)
+    with pytest.raises(train.OutOfTime):
+        train.fit(run, pixels, checkpoint=path)
+    for i, parameter in enumerate(used[0].param_groups[0]["params"]):
+        for name, value in used[0].state[parameter].items():
+            assert torch.equal(value, saved.pop(f"optimizer.{i}.{name}"))
+            assert value.dim() != 4 or value.stride() == parameter.stride()
+    assert not [name for name in saved if name.startswith("optimizer.")]
+
+
 def test_a_checkpoint_is_written_as_often_as_asked_and_at_the_end(pixels, path, monkeypatch):
     written = []
     monkeypatch.setattr(train, "save", lambda *args: written.append(args[3]))
@@ -342,6 +363,41 @@ def test_a_checkpoint_of_other_images_device_or_precision_is_left_with_a_line(
     assert same(net, train.fit(AUTO, pixels)[0])
 
 
+def processor(monkeypatch, bf16):
+    """Replace this machine's processor by one that multiplies in bf16, or by one that does not."""
+    monkeypatch.setattr(train, "cpu_capabilities", lambda: {"amx_bf16": bf16})
+
+
+def test_a_resumed_training_keeps_the_precision_that_it_began_in(pixels, path, monkeypatch):
+    processor(monkeypatch, bf16=False)
+    whole, _ = train.fit(AUTO, pixels)
+    stop(AUTO, pixels, path)
+    processor(monkeypatch, bf16=True)
+    assert stop(AUTO, pixels, path) == f"{AUTO.id}: 2 of 4 updates done"
+    assert same(train.fit(AUTO, pixels, checkpoint=path)[0], whole)
+    about = train.read_checkpoint(path)[0]
+    assert (about["run"], about["precision"]) == (AUTO.training_id, "fp32")
+
+
+def test_a_training_in_bf16_goes_on_where_it_is_emulated_only_if_asked(
+    pixels, path, monkeypatch, capsys
+):
+    processor(monkeypatch, bf16=True)
+    whole, _ = train.fit(AUTO, pixels)
+    stop(AUTO, pixels, path)
+    begun = path.read_bytes()
+    processor(monkeypatch, bf16=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("CPLIB_PRECISION", "bf16")
+        assert same(train.fit(AUTO, pixels, checkpoint=path)[0], whole)
+    assert capsys.readouterr().out == ""
+    path.write_bytes(begun)
+    assert stop(AUTO, pixels, path) == f"{AUTO.id}: 1 of 4 updates done"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{path}: of another precision (bf16); training starts afresh" in line
+    assert "CPLIB_PRECISION=bf16" in line
+
+
 def test_a_finished_checkpoint_of_another_device_is_taken(pixels, path, monkeypatch):
     whole, _ = train.fit(TINY, pixels, checkpoint=path)
     relabelled(path, device="abacus", precision="fp16")
@@ -378,26 +434,36 @@ def test_precision_is_what_the_run_says_and_auto_what_the_environment_says(monke
 
 @pytest.mark.parametrize(
     ("found", "expected"),
-    [({"avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")],
+    [
+        ({"avx512_bf16": False}, ["fp32"]),
+        ({"amx_bf16": True}, ["bf16", "fp32"]),
+        ({}, ["fp32"]),
+    ],
 )
 def test_auto_is_bf16_on_a_processor_that_multiplies_in_it(monkeypatch, found, expected):
     monkeypatch.setattr(train, "cpu_capabilities", lambda: found)
-    assert train.precision(AUTO, "cpu") == expected
+    assert train.precisions(AUTO, "cpu") == expected
 
 
 @pytest.mark.parametrize(
     ("bf16", "capability", "expected"),
-    [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")],
+    [
+        (True, (8, 0), ["bf16", "fp16", "fp32"]),
+        (False, (7, 5), ["fp16", "fp32"]),
+        (False, (6, 1), ["fp32"]),
+    ],
 )
 def test_auto_on_a_gpu_follows_its_tensor_cores(monkeypatch, bf16, capability, expected):
     """An A100, a T4 and a P100."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert train.precision(AUTO, "cuda") == expected
+    assert train.precisions(AUTO, "cuda") == expected
+    assert train.precision(AUTO, "cuda") == expected[0]
 
 
 def test_training_in_fp16_scales_the_loss_and_resumes_exactly(pixels, path, monkeypatch):
-    run, pixels = replace(TINY, precision="fp16", updates=2, sources=1), pixels[..., :16, :16]
+    """On a T4, and after a stop on an L4, whose choice would be bf16."""
+    run, pixels = replace(AUTO, updates=2, sources=1), pixels[..., :16, :16]
     states, update = [], torch.amp.GradScaler.update
 
     def noted(self):
@@ -405,9 +471,12 @@ def test_training_in_fp16_scales_the_loss_and_resumes_exactly(pixels, path, monk
         states.append(self.state_dict())  # its scale, and how long that has held
 
     monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
-    whole, _ = train.fit(run, pixels)
-    assert states[0]["scale"] > 1
-    stop(run, pixels, path)
+    with monkeypatch.context() as patch:
+        patch.setenv("CPLIB_PRECISION", "fp16")
+        whole, _ = train.fit(run, pixels)
+        assert states[0]["scale"] > 1
+        stop(run, pixels, path)
+    monkeypatch.setattr(train, "computes_in", lambda name, device: True)
     again, _ = train.fit(run, pixels, checkpoint=path)
     assert states[2:] == states[:2]
     assert states[1] != states[0]
