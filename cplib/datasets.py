@@ -53,6 +53,12 @@ def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True) if folder else part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """What is known of a data set: its categories, and which of them always lie the same way."""

@@ -119,8 +119,10 @@ def pages(profile) -> None:
 def maintain() -> None:
     """Write README's tables, and the notebooks' Colab badges, from results and pyproject.toml."""
     from cplib.apps import colab, pages
+    from cplib.apps.workspace import ROOT
+    from cplib.datasets import write_text
 
-    pages.fill_readme()
+    write_text(ROOT / "README.md", pages.filled_readme())
     colab.write_badges()
 
 

@@ -118,8 +118,10 @@ def write_badges(root: Path = ROOT) -> None:
     """Mark every notebook of the repository."""
     import nbformat
 
+    from cplib.datasets import write_text
+
     address = repository(root)
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         mark(notebook, address, path.name)
-        path.write_text(nbformat.writes(notebook, indent=1) + "\n")
+        write_text(path, nbformat.writes(notebook, indent=1) + "\n")

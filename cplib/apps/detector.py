@@ -103,10 +103,9 @@ class Detector:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
             part.chmod(0o644)  # safetensors' own mode: nobody else reads it
             digest = hashlib.sha256(part.read_bytes()).hexdigest()
-        with atomic(folder / RECORD) as part:
-            record = {"version": VERSION, "run": asdict(self.run), "threshold": self.threshold}
-            record |= {"chosen": self.chosen, "images": self.images, "sha256": digest}
-            write_json(part, record)
+        record = {"version": VERSION, "run": asdict(self.run), "threshold": self.threshold}
+        record |= {"chosen": self.chosen, "images": self.images, "sha256": digest}
+        write_json(folder / RECORD, record)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Detector":

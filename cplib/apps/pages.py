@@ -14,6 +14,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.apps.workspace import ROOT
+from cplib.datasets import write_text
 from cplib.run import BASELINES
 from cplib.study.claims import VERDICTS
 from cplib.study.published import NAMES, markdown, wide
@@ -44,12 +45,12 @@ def write_pages(results: Path) -> Path:
     for path in notebooks:
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime_ns < path.stat().st_mtime_ns:
-            page.write_text(_page(nbformat.read(path, 4), path.stem))
+            write_text(page, _page(nbformat.read(path, 4), path.stem))
     text = _overview(results, notebooks)
-    (results / "README.md").write_text(text)
+    write_text(results / "README.md", text)
     index = results / "index.html"
     cell = nbformat.v4.new_markdown_cell(text)
-    index.write_text(_page(nbformat.v4.new_notebook(cells=[cell]), f"Profile {results.name}"))
+    write_text(index, _page(nbformat.v4.new_notebook(cells=[cell]), f"Profile {results.name}"))
     return index
 
 
@@ -180,9 +181,9 @@ def readme_minutes(results: Path) -> str:
     return markdown(pd.DataFrame(rows).T.rename_axis("notebook"))
 
 
-def fill_readme() -> None:
-    """Write the README's tables, between their markers, from the committed results."""
-    results, file = ROOT / "results", ROOT / "README.md"
+def filled_readme() -> str:
+    """The README with its tables, between their markers, from the committed results."""
+    results = ROOT / "results"
     found = {name: readme_results(results / name) for name in ("quick", "long")}
     lines = [f"- `{name}`: {line}\n" for name, part in found.items() for line in part]
     parts = {
@@ -194,8 +195,8 @@ def fill_readme() -> None:
         "claims": readme_claims(results / "quick"),
         "minutes": readme_minutes(results / "demo"),
     }
-    text = file.read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, part in parts.items():
         pattern = rf"(<!-- {name} begin -->\n).*?(<!-- {name} end -->)"
         text = re.sub(pattern, lambda m, p=part: m[1] + p + m[2], text, flags=re.DOTALL)
-    file.write_text(text)
+    return text

@@ -20,7 +20,7 @@ from scipy.stats import t, ttest_1samp
 from cplib.datasets import DATASETS
 from cplib.run import BASELINES
 from cplib.study import features
-from cplib.study.published import NAMES, published, save_markdown
+from cplib.study.published import NAMES, published, save_markdown, write_csv
 from cplib.study.sweep import Workspace
 from cplib.study.tables import (
     METHOD,
@@ -376,5 +376,5 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     )
     note = f"{note} {shortfalls(workspace, all_runs(workspace))}".strip()
     path = save_markdown(workspace.results, "claims", note, [readable(table)])
-    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.4f")
+    write_csv(path.with_suffix(".csv"), table)
     return path.with_suffix(".csv")

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from torch import Generator, Tensor
 
 from cplib.augment import METHODS, pretext_batch
-from cplib.datasets import DEMO, MVTEC
+from cplib.datasets import DEMO, MVTEC, atomic
 from cplib.study.published import NAMES
 
 PALETTE = sns.color_palette("colorblind")
@@ -64,10 +64,10 @@ def use_style() -> None:
 def save_figure(fig: Figure, results: str | Path, name: str) -> Path:
     """Write ``results/figures/<name>.png`` and ``.pdf``; returns the image's path."""
     folder = Path(results) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    return folder / f"{name}.png"
+    for kind, note in (("pdf", "CreationDate"), ("png", "Software")):
+        with atomic(path := folder / f"{name}.{kind}") as part:
+            fig.savefig(part, format=kind, metadata={note: None})
+    return path
 
 
 def overlay(image, heat, limits: tuple[float, float], strength: float = 0.6):

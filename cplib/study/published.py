@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cplib.datasets import DEMO, MVTEC
+from cplib.datasets import DEMO, MVTEC, atomic, write_text
 from cplib.study.synthetic import SYNTHETIC
 
 TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
@@ -78,11 +78,13 @@ def groups(categories) -> dict[str, list[str]]:
 
     For the demo set these are its own textures and objects; Table 6's kinds have one average.
     ``average_measured`` is there when only some of MVTec's categories are: an average that the
-    paper does not print.
+    paper does not print. Any other data set has one average of its categories.
     """
     if {*categories} & {*SYNTHETIC}:
         return {"average_all": list(SYNTHETIC)}
-    data = DEMO if set(categories) <= set(DEMO.categories) else MVTEC
+    data = next((d for d in (DEMO, MVTEC) if set(categories) <= set(d.categories)), None)
+    if data is None:
+        return {"average_all": sorted(categories)}
     found = {
         "average_texture": list(data.textures),
         "average_object": list(data.objects),
@@ -201,11 +203,12 @@ def common(table: pd.DataFrame, methods: tuple[str, ...], metric="image_auroc") 
 def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """One metric, methods down and categories across, "ours (paper's)", named as in the paper.
 
-    Of the categories the measured ones, all where none was, with their averages unless there is
-    but one, and ``average_all``; of the methods those with a number. The rows of Tables 7 and 8 are
-    named by setting and value.
+    Columns: the measured categories (all that the paper has if nothing was measured), their
+    averages unless there is but one, and ``average_all``. Rows: methods that have a number; those
+    of Tables 7 and 8 are named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
+    part = part.dropna(subset=["mean", "published_mean"], how="all")
     labels = [
         f"{r.setting.replace('_', ' ')} {r.value}" if r.setting else NAMES.get(r.method, r.method)
         for r in part.itertuples()
@@ -217,7 +220,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
         measured -= {*AVERAGES}
     columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
-    grid = grid[(grid != "").any(axis=1)].rename(columns={"average_measured": "average of these"})
+    grid = grid.rename(columns={"average_measured": "average of these"})
     grid = grid.rename(columns=lambda name: name.replace("_", " "))
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 
@@ -258,13 +261,18 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
     grids = [wide(table, metric) for metric in table["metric"].unique()]
     path = save_markdown(results, name, table.attrs["note"], grids).with_suffix(".csv")
     bare = [column for column in ROW[1:] if not table[column].any()]
-    table.drop(columns=bare).to_csv(path, index=False, float_format="%.4f")
+    write_csv(path, table.drop(columns=bare))
     return path
 
 
 def save_markdown(results: str | Path, name: str, note: str, grids: list[pd.DataFrame]) -> Path:
-    """Write ``results/tables/<name>.md``, a note and then each grid; its path."""
+    """Write ``results/tables/<name>.md``, a note and then each grid that has rows; its path."""
     path = Path(results) / "tables" / f"{name}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([f"{note}\n", *map(markdown, grids)]))
+    write_text(path, "\n".join([f"{note}\n", *(markdown(grid) for grid in grids if len(grid))]))
     return path
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of numbers, four digits behind the point."""
+    with atomic(path) as part:
+        table.to_csv(part, index=False, float_format="%.4f")

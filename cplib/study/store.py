@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cplib import datasets
-from cplib.datasets import atomic
+from cplib.datasets import atomic, write_text
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.model import PretextNet, build, weights_digest, weights_file
 from cplib.run import Run
@@ -88,7 +88,7 @@ def checkpoint_file(run: Run, results: str | Path) -> Path:
 
 def write_json(path: Path, value: dict) -> None:
     """Write a record, for people as for programs."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write(
@@ -320,20 +320,18 @@ def cached(
     if run not in stock([run], places).finished:
         return None
     file = run_folder(run, places.results) / f"{name}.json"
-    if (found := _read_record(file)) is not None:
+    if (found := read_record(file)) is not None:
         return found
     net = None if places.read_only or places.data is None else load_network(run, places)
     if net is None:
         return None
     load = (datasets.load(places.data, run.category, s, run.size) for s in ("train", "test"))
-    found = compute(run, net, *load)
-    with atomic(file) as part:
-        write_json(part, found)
-    return _read_record(file)
+    write_json(file, compute(run, net, *load))
+    return read_record(file)
 
 
-def _read_record(file: Path) -> dict | None:
-    """A record beside a run; None where it is not there, or is no object of JSON (a warning)."""
+def read_record(file: Path) -> dict | None:
+    """What ``write_json`` wrote; None where nothing is there, or no object of JSON (a warning)."""
     if not file.exists():
         return None
     try:
