@@ -8,7 +8,7 @@ import torch
 
 from cplib.augment import crop
 from cplib.localize import gradcam, level_features, positions, upsample, window_features
-from cplib.metrics import PIXEL_METRICS, peak_within, pixel_metrics
+from cplib.metrics import peak_within
 from cplib.model import PretextNet, levels
 
 
@@ -97,54 +97,6 @@ def test_gradcam_has_the_size_of_the_image_and_leaves_the_network_alone(net):
     assert maps.shape == (2, 96, 64)
     assert (maps >= 0).all()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-def brute_force_pro(masks, heat, limit):
-    """Area under the per-region overlap over the false positive rate, by its definition."""
-    from scipy.ndimage import label
-
-    regions = [
-        (n, part == i)
-        for n, m in enumerate(masks)
-        for part, k in [label(m, np.ones((3, 3)))]
-        for i in range(1, k + 1)
-    ]
-    points = [(0.0, 0.0)]
-    for threshold in sorted(set(heat.ravel()), reverse=True):
-        hot = heat >= threshold
-        overlap = np.mean([hot[n][region].mean() for n, region in regions])
-        points.append((hot[~masks].mean(), overlap))
-    x, y = np.array(points).T
-    grid = np.append(x[x < limit], limit)
-    return (
-        np.trapezoid(
-            np.interp(grid, x, y)
-            if (x == limit).any()
-            else np.append(y[x < limit], np.interp(limit, x, y)),
-            grid,
-        )
-        / limit
-    )
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_pixel_metrics_agree_with_their_definitions(seed):
-    rng = np.random.default_rng(seed)
-    masks = np.zeros((3, 24, 20), bool)
-    masks[0, 3:7, 4:9] = masks[0, 15:18, 10:19] = masks[1, 10:20, 2:4] = True
-    heat = rng.random(masks.shape).astype(np.float32) + 0.7 * masks
-    found = pixel_metrics(masks, heat)
-    assert tuple(found) == PIXEL_METRICS
-    pairs = heat[masks][:, None] > heat[~masks]
-    assert found["pixel_auroc"] == pytest.approx(100 * pairs.mean(), abs=1e-6)
-    for name, limit in (("aupro_30", 0.3), ("aupro_05", 0.05)):
-        assert found[name] == pytest.approx(100 * brute_force_pro(masks, heat, limit), abs=1.0)
-
-
-def test_pixel_metrics_are_empty_without_masks_or_anomalies():
-    empty = dict.fromkeys(PIXEL_METRICS)
-    assert pixel_metrics(None, torch.rand(2, 8, 8)) == empty
-    assert pixel_metrics(np.zeros((2, 8, 8), bool), np.random.rand(2, 8, 8)) == empty
 
 
 def test_the_peak_counts_on_the_mask_and_within_the_distance():
