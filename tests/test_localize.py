@@ -29,6 +29,14 @@ def noise(n, h, w, seed=0):
     return torch.randint(118, 138, (n, 3, h, w), generator=generator, dtype=torch.uint8)
 
 
+def state(net):
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+
+def unchanged(net, before):
+    return all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
 def test_a_256_pixel_image_has_the_papers_positions():
     assert positions(256, 256, 64) == (49, 49)
     assert positions(256, 256, 32) == (57, 57)
@@ -68,6 +76,14 @@ def test_the_features_of_levels_are_means_of_3x3_places_of_their_maps_joined():
     mean = [fine[:, r : r + 3, c : c + 3].mean((1, 2)) for r in (2, 3) for c in (4, 5)]
     expected = [sum(mean) / 4, deep[:, row : row + 3, column : column + 3].mean((1, 2))]
     torch.testing.assert_close(found[2, row, column], torch.cat(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_the_features_of_levels_are_those_of_evaluation_also_in_training_mode():
+    net, pixels = PretextNet(2, backbone="efficientnet_lite0"), noise(2, 64, 64)
+    before = state(net)
+    found = level_features(net.train(), pixels, (4, 5))
+    assert unchanged(net, before)
+    assert torch.equal(found, level_features(net.eval(), pixels, (4, 5)))
 
 
 def test_upsampling_spreads_each_score_over_its_window_by_one_kernel():
