@@ -112,8 +112,10 @@ def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Ten
         raise ValueError(
             f"an image of {h}x{w} pixels is too small for a scar of {width[1]:g}x{length[1]:g}"
         )
-    scar_w = _uniform(round(width[0]), round(width[1]) + 1, n, generator).floor().clamp(min=1)
-    scar_l = _uniform(round(length[0]), round(length[1]) + 1, n, generator).floor().clamp(min=1)
+    scar_w, scar_l = (
+        _uniform(max(1, round(low)), round(high) + 1, n, generator).floor()
+        for low, high in (width, length)
+    )
     return scar_w, scar_l, torch.deg2rad(_uniform(-angle, angle, n, generator))
 
 

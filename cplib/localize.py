@@ -55,6 +55,7 @@ def level_features(
     For uint8 images (N, 3, H, W). The maps of the ``chosen`` levels (``model.levels``), each
     averaged over 3x3 places, are brought to the places of the deepest one and joined.
     """
+    net.eval()
     stages, features = levels(net.encoder)[: max(chosen)], []
     for part in pixels.split(batch):
         x = part.to(net.pixel_mean.device).float().div(255)

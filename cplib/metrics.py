@@ -1,12 +1,13 @@
-"""Image- and pixel-level metrics, in percent: thin wrappers over libraries."""
+"""Image- and pixel-level metrics, in percent: thin wrappers over scikit-learn, and AUPRO."""
 
 import numpy as np
-from adeval.au_pro import calculate_au_pro
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro_30", "aupro_05")
+# Pixels of one image that touch, at a corner too, are one region: as in MVTec's evaluation code.
+TOUCHING = np.pad(np.ones((1, 3, 3), int), ((1, 1), (0, 0), (0, 0)))
 
 
 def image_metrics(labels, scores) -> dict[str, float | None]:
@@ -47,12 +48,36 @@ def pixel_metrics(masks, maps) -> dict[str, float | None]:
     """
     if masks is None or len(np.unique(masks)) < 2:
         return dict.fromkeys(PIXEL_METRICS)
-    masks, maps = np.asarray(masks), np.asarray(maps, dtype=np.float32)
-    flat, values = masks.ravel(), maps.ravel()
-    found = [roc_auc_score(flat, values), average_precision_score(flat, values)]
-    truth = list(masks.astype(np.uint8))
-    found += [calculate_au_pro(truth, list(maps), limit)[0] for limit in (0.3, 0.05)]
+    maps = np.asarray(maps, dtype=np.float32).ravel()
+    order = maps.argsort()[::-1]  # once for all: scikit-learn is twice as fast on sorted scores
+    values, regions = maps[order], label(np.asarray(masks), TOUCHING)[0].ravel()[order]
+    del order  # 8 bytes a pixel
+    found = [metric(regions > 0, values) for metric in (roc_auc_score, average_precision_score)]
+    curve = pro_curve(regions, values)
+    found += [mean_height(*curve, limit) for limit in (0.3, 0.05)]
     return dict(zip(PIXEL_METRICS, (100 * float(v) for v in found), strict=True))
+
+
+def pro_curve(regions, values) -> tuple[np.ndarray, np.ndarray]:
+    """False positive rate and per-region overlap (0 to 1) over all thresholds, both rising from 0.
+
+    ``values`` (P,) are the scores of all pixels, falling; ``regions`` (P,) the number of each one's
+    anomalous region, 0 for normal pixels. The overlap is the mean over the regions of the share of
+    each that is found. Pixels of equal score are one step.
+    """
+    sizes = np.bincount(regions)
+    share = 1 / (sizes * (len(sizes) - 1.0))
+    share[0] = 0
+    last = np.append(values[1:] != values[:-1], True)
+    fpr = np.cumsum(regions == 0)[last] / sizes[0]
+    return np.append(0, fpr), np.append(0, np.cumsum(share[regions])[last])
+
+
+def mean_height(x, y, limit: float) -> float:
+    """Area under the straight lines between the points (x, y), x from 0 to ``limit``, over it."""
+    inside = np.searchsorted(x, limit, side="right")
+    height = np.interp(limit, x, y)
+    return np.trapezoid(np.append(y[:inside], height), np.append(x[:inside], limit)) / limit
 
 
 def peak_within(masks, maps, distance: float = 16) -> float | None:

@@ -95,7 +95,7 @@ class PretextNet(nn.Module):
 def build(run: Run, weights: str | Path | None = None) -> PretextNet:
     """The run's network as it starts, the same for the same seed, global random state untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.stream)
+        torch.default_generator.manual_seed(run.stream)  # torch.manual_seed: every GPU's, too
         return PretextNet(
             run.classes,
             backbone=run.backbone,

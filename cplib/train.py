@@ -191,7 +191,11 @@ def fit(run: Run, pixels: torch.Tensor, *args, **options) -> tuple[PretextNet, p
 def _seeded(run: Run, update: int, device: torch.device):
     """EfficientNet-B4 drops layers at random, by torch's global state: set here, and put back."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((run.stream << 32) + update)
+        seed = (run.stream << 32) + update
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed: every GPU's, too
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

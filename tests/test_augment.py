@@ -275,6 +275,29 @@ def test_scars_scale_with_the_size_of_a_run(size, widest, longest):
     assert np.max(spans, axis=0).tolist() == [widest, longest]
 
 
+def scar_sizes(size, n=4000):
+    """Widths and lengths, each (n, 1), of the scars of a run of that size."""
+    chosen = augmentation_kwargs(Run(method="scar", category="brick", size=size))["scar"]
+    return augment._scar_sizes(torch.zeros(n, 1, size, size), **chosen, generator=generator())[:2]
+
+
+@pytest.mark.parametrize(
+    ("size", "widths", "lengths"),
+    [(64, range(1, 5), range(2, 7)), (32, range(1, 3), range(1, 4)), (8, [1], [1])],
+)
+def test_every_whole_width_and_length_of_a_scar_is_equally_likely(size, widths, lengths):
+    for found, wanted in zip(scar_sizes(size), (widths, lengths), strict=True):
+        values, counts = found.unique(return_counts=True)
+        assert values.tolist() == list(wanted)
+        assert (counts / 4000).tolist() == pytest.approx([1 / len(wanted)] * len(wanted), abs=0.03)
+
+
+def test_the_scars_of_a_256_pixel_image_are_the_ones_that_results_were_made_with():
+    draws, (width, length) = generator(), scar_sizes(256, 100)
+    assert torch.equal(width, (2 + 15 * torch.rand(100, 1, generator=draws)).floor())
+    assert torch.equal(length, (10 + 16 * torch.rand(100, 1, generator=draws)).floor())
+
+
 MAKERS = [cutpaste, cutpaste_scar, cutpaste_union, cutout, confetti, scar, jitter, translate]
 MAKERS += [partial(cutout, fill="color")]
 

@@ -1,11 +1,22 @@
 """Metrics against their definitions, computed the long way."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import label
 
-from cplib.metrics import IMAGE_METRICS, auroc_between, f1_max, image_metrics
+from cplib.metrics import (
+    IMAGE_METRICS,
+    PIXEL_METRICS,
+    auroc_between,
+    f1_max,
+    image_metrics,
+    pixel_metrics,
+)
 
 
 @st.composite
@@ -76,3 +87,65 @@ def test_metrics_of_one_class_are_none(label):
 def test_a_score_that_is_not_finite_is_refused(value):
     with pytest.raises(ValueError, match="not finite"):
         image_metrics([0, 1], [0.1, value])
+
+
+# Of pixels
+
+
+@pytest.fixture
+def masks():
+    """Four regions: two of one image, one held by a corner, one where the image before has one."""
+    masks = np.zeros((4, 24, 20), bool)
+    masks[0, 3:7, 4:9] = masks[0, 15:18, 10:19] = True
+    masks[1, 10:20, 2:4] = masks[1, 20:22, 4:9] = masks[2, 12:16, 2:12] = True
+    return masks
+
+
+def aupro(masks, maps, limit):
+    """Percent of the area under the per-region overlap, up to the limit, threshold by threshold."""
+    parts = [(n, label(mask, np.ones((3, 3)))) for n, mask in enumerate(masks)]
+    regions = [(n, part == i) for n, (part, count) in parts for i in range(1, count + 1)]
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        found = maps >= threshold
+        overlap = np.mean([found[n][region].mean() for n, region in regions])
+        points.append((found[~masks].mean(), overlap))
+    area = 0.0
+    for (x, y), (next_x, next_y) in pairwise(points):
+        if x < limit and next_x > x:
+            width = min(next_x, limit) - x
+            area += width * (y + (next_y - y) * width / (next_x - x) / 2)
+    return 100 * area / limit
+
+
+@pytest.mark.parametrize("kind", ["noisy", "peaked", "tied", "constant"])
+def test_pixel_metrics_are_what_they_are_defined_as(masks, kind):
+    rng = np.random.default_rng(0)
+    maps = rng.random(masks.shape) ** (5 if kind == "peaked" else 1) + masks / 2
+    maps = {"tied": maps.round(1), "constant": np.ones(masks.shape)}.get(kind, maps)
+    maps = maps.astype(np.float32)
+    found = pixel_metrics(masks, maps)
+    assert tuple(found) == PIXEL_METRICS
+    flat, scores = masks.ravel(), maps.ravel()
+    assert found["pixel_auroc"] == pytest.approx(100 * share_of_pairs_in_order(flat, scores))
+    assert found["pixel_ap"] == pytest.approx(100 * average_precision(flat, scores))
+    assert found["aupro_30"] == pytest.approx(aupro(masks, maps, 0.3))
+    assert found["aupro_05"] == pytest.approx(aupro(masks, maps, 0.05))
+    if kind == "constant":
+        assert [found[name] for name in PIXEL_METRICS[2:]] == pytest.approx([15, 2.5])
+
+
+def test_aupro_is_right_where_the_overlap_climbs_steeply():
+    """Overlap is the false positive rate to the power 0.2: the mean up to t is t**0.2 / 1.2."""
+    masks = np.arange(400)[:, None].repeat(200, 1)[None] < 200
+    rank = (np.arange(40_000) + 0.5) / 40_000
+    maps = -np.concatenate([rank**5, rank]).reshape(masks.shape)
+    found = pixel_metrics(masks, maps)
+    for name, limit in (("aupro_30", 0.3), ("aupro_05", 0.05)):
+        assert found[name] == pytest.approx(100 * limit**0.2 / 1.2, abs=0.05)
+
+
+def test_pixel_metrics_are_empty_without_masks_or_anomalies():
+    empty = dict.fromkeys(PIXEL_METRICS)
+    assert pixel_metrics(None, torch.rand(2, 8, 8)) == empty
+    assert pixel_metrics(np.zeros((2, 8, 8), bool), np.random.rand(2, 8, 8)) == empty

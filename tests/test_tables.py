@@ -194,17 +194,29 @@ def test_table_6_is_made_of_the_finished_runs_and_says_how_it_was_painted(done):
     assert "10% to 30% of a side" in text.splitlines()[0]
 
 
+def scored(results, seed, files, scores):
+    """Write the folder of a made-up finished run with these scores, two of normal images first."""
+    run = QUICK.run(METHOD, "screw", seed)
+    record(results, run)
+    rows = pd.DataFrame({"file": list(files), "kind": "x", "label": [0, 0, 1, 1], "score": scores})
+    rows.iloc[:: -1 if seed else 1].to_csv(run_folder(run, results) / "scores.csv", index=False)
+    return run.id
+
+
 def test_an_ensemble_is_the_auroc_of_the_seeds_mean_scores(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw")
-    scores = {0: [0.0, 2.0, 1.0, 4.0], 1: [3.0, 0.0, 2.9, 0.5]}  # means: 1.5, 1, 1.95, 2.25
-    for seed, values in scores.items():
-        run = QUICK.run(METHOD, "screw", seed)
-        record(tmp_path, run)
-        rows = pd.DataFrame({"file": list("abcd"), "kind": "x", "label": [0, 0, 1, 1]})
-        rows = rows.assign(score=values).iloc[:: -1 if seed else 1]  # in another order
-        rows.to_csv(run_folder(run, tmp_path) / "scores.csv", index=False)
+    scored(tmp_path, 0, "abcd", [0.0, 2.0, 1.0, 4.0])  # means: 1.5, 1, 1.95, 2.25
+    scored(tmp_path, 1, "abcd", [3.0, 0.0, 2.9, 0.5])
     found = values_of(workspace, "table1_image_level").set_index("method").loc["ensemble"]
     assert (found["image_auroc"], found["members"], found["category"]) == (100, 2, "screw")
+
+
+def test_an_ensemble_of_other_images_is_refused_by_the_runs_folder(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "screw")
+    scored(tmp_path, 0, "abcd", [0.0, 2.0, 1.0, 4.0])
+    other = scored(tmp_path, 1, "abce", [3.0, 0.0, 2.9, 0.5])
+    with pytest.raises(ValueError, match=f"runs/{other}: its scores are of other images"):
+        values_of(workspace, "table1_image_level")
 
 
 def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):

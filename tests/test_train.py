@@ -238,6 +238,15 @@ def test_training_looks_at_crops_and_at_the_end_at_whole_images(pixels, monkeypa
     assert sides == [16, 16, 32, 32]
 
 
+def test_training_reseeds_no_gpu_and_leaves_the_global_random_state_as_it_was(pixels, monkeypatch):
+    reseeded, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    for work in (lambda: build(TINY), lambda: train.fit(TINY, pixels)):
+        work()
+        assert reseeded == []
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 # The history
 
 

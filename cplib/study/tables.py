@@ -227,16 +227,21 @@ def ensemble(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
 
     And "untrained_ensemble" of random networks, beside which a claim on it is judged. ``table`` is
     what ``collect`` gave; a category needs two seeds. How the paper combines scores is not said; a
-    mean keeps their scale, which the Gaussian's distance makes comparable.
+    mean keeps their scale, which the Gaussian's distance makes comparable. ValueError names a run
+    that scored other images than the first seed's.
     """
     rows, names = [], {METHOD: "ensemble", "untrained": "untrained_ensemble"}
     parts = table[table["method"].isin(names)].groupby(["method", "category"])
     for (method, category), part in parts:
         if len(part) < 2:
             continue
-        files = [store.read_scores(workspace.results / "runs" / id) for id in part["id"]]
-        mean = sum(f.set_index("file")["score"] for f in files) / len(files)
-        labels = files[0].set_index("file")["label"].reindex(mean.index)
+        folders = [workspace.results / "runs" / id for id in part["id"]]
+        files = [store.read_scores(folder).set_index("file") for folder in folders]
+        for folder, scores in zip(folders, files, strict=True):
+            if set(scores.index) != set(files[0].index):
+                raise ValueError(f"{folder}: its scores are of other images than {folders[0]}'s")
+        mean = sum(scores["score"] for scores in files) / len(files)
+        labels = files[0]["label"].reindex(mean.index)
         row = {"method": names[method], "category": category, "seed": 0, "members": len(part)}
         rows.append(row | image_metrics(labels, mean))
     return pd.DataFrame(rows)
