@@ -46,7 +46,7 @@ def write_pages(results: Path) -> Path:
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime_ns < path.stat().st_mtime_ns:
             write_text(page, _page(nbformat.read(path, 4), path.stem))
-    text = _overview(results, notebooks)
+    text = overview(results, notebooks)
     write_text(results / "README.md", text)
     index = results / "index.html"
     cell = nbformat.v4.new_markdown_cell(text)
@@ -80,7 +80,7 @@ def _equation(match: re.Match) -> str:
     return f'<img class="math" alt="equation" src="data:image/svg+xml;base64,{coded}">'
 
 
-def _overview(results: Path, notebooks: list[Path]) -> str:
+def overview(results: Path, notebooks: list[Path]) -> str:
     """Findings first, then each notebook's tables and figures in the notebooks' order."""
     parts = [f"# Profile {results.name}", "## Findings", *_findings(results)]
     for path in notebooks:

@@ -1,6 +1,7 @@
 """The paper's tables, and two of our own, as measured here: the runs behind each, the values."""
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -78,13 +79,10 @@ def planned(workspace: Workspace, name: str) -> list[Run]:
 
 def plan_of(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
     """The runs of a table with their rows, those of further seeds that are stored among them."""
-    there = store.stored(workspace.results)
-    pairs = (
-        (row, more)
-        for row, run in TABLES[name].plan(workspace)
-        for more in stored_seeds(run, there)
-    )
-    return list(dict.fromkeys(pairs))
+    plan, there = TABLES[name].plan(workspace), store.stored(workspace.results)
+    if name not in AXES:  # where a changed setting has fewer seeds than the unchanged run
+        plan = [(row, more) for row, run in plan for more in stored_seeds(run, there)]
+    return list(dict.fromkeys(plan))
 
 
 def all_runs(workspace: Workspace) -> list[Run]:
@@ -227,8 +225,8 @@ def ensemble(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
 
     And "untrained_ensemble" of random networks, beside which a claim on it is judged. ``table`` is
     what ``collect`` gave; a category needs two seeds. How the paper combines scores is not said; a
-    mean keeps their scale, which the Gaussian's distance makes comparable. ValueError names a run
-    that scored other images than the first seed's.
+    mean keeps their scale, which the Gaussian's distance makes comparable. A category whose seeds
+    scored different images has none, and a warning names the run.
     """
     rows, names = [], {METHOD: "ensemble", "untrained": "untrained_ensemble"}
     parts = table[table["method"].isin(names)].groupby(["method", "category"])
@@ -237,9 +235,10 @@ def ensemble(workspace: Workspace, table: pd.DataFrame) -> pd.DataFrame:
             continue
         folders = [workspace.results / "runs" / id for id in part["id"]]
         files = [store.read_scores(folder).set_index("file") for folder in folders]
-        for folder, scores in zip(folders, files, strict=True):
-            if set(scores.index) != set(files[0].index):
-                raise ValueError(f"{folder}: its scores are of other images than {folders[0]}'s")
+        others = [f for f, s in zip(folders, files, strict=True) if {*s.index} != {*files[0].index}]
+        if others:
+            warnings.warn(f"{others[0]}: scores of other images than {folders[0]}'s", stacklevel=2)
+            continue
         mean = sum(scores["score"] for scores in files) / len(files)
         labels = files[0]["label"].reindex(mean.index)
         row = {"method": names[method], "category": category, "seed": 0, "members": len(part)}
@@ -354,22 +353,28 @@ def _text(value: float | tuple) -> str:
 
 
 def _sensitivity_plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
-    """The run that changes nothing stands on every axis, and is trained once.
+    """The unchanged run stands in one row of each setting, and is trained once.
 
-    Of the categories at hand those that the profile names for the study, else the first.
+    Categories: those that the profile names for the study, or the first one. Seeds: the study's,
+    and those that were measured with a changed setting before.
     """
     profile, study = workspace.profile, workspace.profile.sensitivity
     wanted = study.open_categories if name == "unstated_choices" else study.categories
     categories = [c for c in workspace.shown if c in wanted]
     categories = categories or (workspace.shown[:1] if wanted else workspace.shown)
-    options = study.protocol | {"least": workspace.seeds or 0}
-    bases = profile.runs((METHOD,), categories, study.seeds, **options)
-    plan = [
-        (row, base if replace(base, **changes) == base else replace(base, curve=0, **changes))
-        for row, changes in settings(profile, name).items()
-        for base in bases
-    ]
-    return sorted(plan, key=lambda pair: pair[1] not in bases)
+
+    def of_seed(seed: int) -> Iterator[tuple[bool, Row, Run]]:
+        for row, changes in settings(profile, name).items():
+            for category in categories:
+                run = profile.run(METHOD, category, seed, **study.protocol)
+                changed = replace(run, **changes) != run
+                yield changed, row, replace(run, curve=0, **changes) if changed else run
+
+    seeds, there = max(study.seeds, workspace.seeds or 0), store.stored(workspace.results)
+    while any(changed and run.id in there for changed, _, run in of_seed(seeds)):
+        seeds += 1
+    plan = [entry for seed in range(seeds) for entry in of_seed(seed)]
+    return [(row, run) for _, row, run in sorted(plan, key=lambda entry: entry[0])]
 
 
 # The tables

@@ -1,0 +1,46 @@
+"""What is committed in ``results``: tables and README are those of the stored runs."""
+
+import re
+
+import pytest
+
+from cplib.apps import pages
+from cplib.apps.workspace import ROOT
+from cplib.study.claims import measured, save_claims, verdicts
+from cplib.study.profiles import PROFILES
+from cplib.study.store import Places
+from cplib.study.sweep import Workspace
+from cplib.study.tables import TABLES, compare, values_of
+
+STORED = sorted({path.parents[1] for path in ROOT.glob("results/*/runs/*") if path.is_dir()})
+
+
+@pytest.mark.parametrize("results", STORED, ids=lambda path: path.name)
+def test_committed_tables_are_made_of_the_committed_runs(results, tmp_path):
+    if results.name not in PROFILES:
+        pytest.skip("results of another data set")
+    (tmp_path / "runs").symlink_to(results / "runs")
+    profile = PROFILES[results.name]
+    workspace = Workspace(profile, profile.categories, Places(tmp_path, read_only=True))
+    for name in TABLES:
+        compare(workspace, name, values_of(workspace, name))
+    save_claims(verdicts(measured(workspace)), workspace)
+    made = {path.name: path for path in (tmp_path / "tables").iterdir()}
+    stored = [path for path in (results / "tables").iterdir() if path.name in made]
+    assert stored
+    for path in stored:
+        assert made[path.name].read_text() == path.read_text(), path.name
+
+
+@pytest.mark.parametrize("name", ["quick", "long", "demo"])
+def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
+    results = ROOT / "results" / name
+    notebooks = sorted(results.glob("notebooks/[0-9][0-9]_*.ipynb"))
+    text = (results / "README.md").read_text(encoding="utf-8")
+    assert pages.overview(results, notebooks) == text
+    for link in re.findall(r"\]\(((?:notebooks|figures)/[^)]+)\)", text):
+        assert (results / link).exists(), link
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    assert pages.filled_readme() == (ROOT / "README.md").read_text(encoding="utf-8")
