@@ -91,6 +91,14 @@ def test_cuda_is_refused_where_there_is_none(smoke_of, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_the_head_of_a_ray_cluster_needs_no_gpu(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
+    monkeypatch.setenv("CPLIB_ENGINE", "ray")
+    workspace = open_workspace("smoke", str(demo_root), device="cuda")
+    assert (workspace.device, workspace.places.device) == ("cuda", "cpu")
+
+
 def test_the_script_exits_with_2_and_one_line(tmp_path):
     """As in an environment that is set up: the script's own setting up is not under test."""
     environment = {

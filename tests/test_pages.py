@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from cplib.apps import pages
-from cplib.apps.pages import fill_readme, write_pages
+from cplib.apps.pages import filled_readme, write_pages
 from cplib.study.claims import save_claims, verdicts
 from cplib.study.profiles import PROFILES
 from cplib.study.published import against_paper, save_table
@@ -108,10 +108,8 @@ def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_pat
     (tmp_path / "notebooks").symlink_to(results / "notebooks")
     names = ("results", "table1", "long", "table2", "claims", "minutes", "own")
     parts = [f"<!-- {name} begin -->\nstale\n<!-- {name} end -->\n" for name in names]
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "between\n".join(parts) + "after\n")
-    fill_readme()
-    text = readme.read_text()
+    (tmp_path / "README.md").write_text("before\n" + "between\n".join(parts) + "after\n")
+    text = filled_readme()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     found, image, _, pixel, claims, minutes, own = (
         text.split(f"<!-- {name} ")[1] for name in names

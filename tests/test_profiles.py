@@ -103,6 +103,13 @@ def test_rotations_batch_has_as_many_images_as_the_others():
     assert rotation.sources * rotation.classes == cutpaste.sources * cutpaste.classes == 64
 
 
+def test_the_eighth_is_the_papers_protocol_with_an_eighth_of_its_updates():
+    eighth = PROFILES["eighth"]
+    run = Run(method=METHOD, category="screw", updates=65_536 // 8, sources=32, curve=8)
+    assert eighth.runs((METHOD,), ("screw",)) == [run]
+    assert eighth.patch_runs(("screw",))[-1] == replace(run, curve=0, crop=64, window=32)
+
+
 def test_only_cutpaste_3way_notes_its_auroc_on_the_way():
     assert QUICK.run(METHOD, "tile").curve == QUICK.protocol["curve"] > 0
     assert QUICK.run("cutpaste", "tile").curve == 0

@@ -237,3 +237,13 @@ def test_the_csv_has_the_contracts_columns_and_the_markdown_says_how_it_was_meas
     text = path.with_suffix(".md").read_text()
     assert text.startswith("Profile made up. Ours, then the paper's in brackets;")
     assert "| image AUROC, % |" in text and "(98.3" in text
+
+
+@pytest.mark.parametrize("categories", [("nut", "bolt"), ("bottle", "nut"), ("bottle", "cable")])
+def test_any_data_set_has_an_average_of_its_categories(categories):
+    runs = made_up(categories)
+    table = against_paper(runs, T1, rows=ROWS, paper=False)
+    average = "average_measured" if categories[1] == "cable" else "average_all"
+    expected = runs[runs["method"] == "cutpaste"]["image_auroc"].mean()
+    assert cell(table, "cutpaste", average)["mean"] == pytest.approx(expected)
+    assert list(wide(table))[-1].startswith("average")

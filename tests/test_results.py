@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 
 from cplib.apps import pages
 from cplib.apps.workspace import ROOT
@@ -10,7 +11,7 @@ from cplib.study.claims import measured, save_claims, verdicts
 from cplib.study.profiles import PROFILES
 from cplib.study.store import Places
 from cplib.study.sweep import Workspace
-from cplib.study.tables import TABLES, compare, values_of
+from cplib.study.tables import TABLES, compare, planned, values_of
 
 STORED = sorted({path.parents[1] for path in ROOT.glob("results/*/runs/*") if path.is_dir()})
 
@@ -30,6 +31,23 @@ def test_committed_tables_are_made_of_the_committed_runs(results, tmp_path):
     assert stored
     for path in stored:
         assert made[path.name].read_text() == path.read_text(), path.name
+
+
+def test_categories_with_other_images_are_empty_and_all_others_are_shown(tmp_path):
+    """As where a person's folder has bottle alone, with images that are not ours."""
+    (tmp_path / "runs").symlink_to(ROOT / "results" / "quick" / "runs")
+    for folder in ("train/good", "test/good", "test/broken"):
+        (tmp_path / "data" / "bottle" / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / "bottle" / folder / "0.png")
+    places = Places(tmp_path, tmp_path / "data", read_only=True)
+    workspace = Workspace(PROFILES["quick"], ("bottle",), places)
+    for name in ("table1_image_level", "table2_pixel_level"):
+        measured = compare(workspace, name, values_of(workspace, name)).dropna(subset="mean")
+        assert {"pill", "screw", "transistor"} <= {*measured["category"]}
+        assert "bottle" not in {*measured["category"]}
+    runs = planned(workspace, "table1_image_level")
+    assert " stored runs of bottle were measured on other images" in workspace.outdated(runs)
+    assert {run.category for run in workspace.missing(runs)} == {"bottle"}
 
 
 @pytest.mark.parametrize("name", ["quick", "long", "demo"])
