@@ -498,7 +498,7 @@ def test_a_run_counts_for_its_images_and_another_ones_folder_is_replaced_when_fi
     assert load_network(SIEVE, there) is None
     line = Workspace(here, ("sieve",), there).outdated(RUNS)
     assert line.startswith("1 stored runs of sieve were measured on other images")
-    assert f"hours (as on {store.read(before)[1]['device']})" in line
+    assert f"hours of one device (as on {store.read(before)[1]['device']})" in line
     assert "CPLIB_RESULTS" in line
     assert Workspace(here, ("sieve",), copied).outdated(RUNS) == ""
     assert list(stock(RUNS, copied._replace(data=None)).finished) == RUNS

@@ -70,7 +70,7 @@ def test_the_run_that_changes_nothing_is_shared_and_comes_first(tmp_path, name, 
     assert {run for table in TABLES for run in planned(workspace, table)} <= set(everything)
 
 
-def test_a_study_takes_the_categories_that_the_profile_names_else_the_first(tmp_path):
+def test_a_study_takes_the_categories_that_the_profile_names_or_the_first_to_execute(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "tile", seeds=2)
     for name in AXES:
         shown = planned(workspace, name)
@@ -79,9 +79,9 @@ def test_a_study_takes_the_categories_that_the_profile_names_else_the_first(tmp_
             ("tile", 0),
             ("tile", 1),
         }
-    own = replace(workspace, profile=replace(QUICK, categories=("bolt", "nut")))
-    own = replace(own, categories=("bolt", "nut"))
-    assert {run.category for run in planned(own, STUDIES[0])} == {"bolt"}
+    other = workspace_of("demo", tmp_path, "fabric", "brick")
+    for name in (*AXES, "table3_pretrained_vs_finetuned", "table4_cutout_variants"):
+        assert {run.category for run in planned(other, name)} == {"sieve", "fabric"}
 
 
 def test_seeds_of_a_study_that_were_measured_before_are_shown_in_every_row(tmp_path):

@@ -40,18 +40,22 @@ def write_pages(results: Path) -> Path:
 
     ``index.html`` is that README; every notebook has a page, with its plumbing hidden.
     """
-    notebooks = sorted(results.glob("notebooks/[0-9][0-9]_*.ipynb"))
-    notebooks = [path for path in notebooks if not path.stem.endswith(".failed")]
-    for path in notebooks:
+    for path in executed(results):
         page = path.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime_ns < path.stat().st_mtime_ns:
             write_text(page, _page(nbformat.read(path, 4), path.stem))
-    text = overview(results, notebooks)
+    text = overview(results)
     write_text(results / "README.md", text)
     index = results / "index.html"
     cell = nbformat.v4.new_markdown_cell(text)
     write_text(index, _page(nbformat.v4.new_notebook(cells=[cell]), f"Profile {results.name}"))
     return index
+
+
+def executed(results: Path) -> list[Path]:
+    """The executed notebooks that ran to their ends."""
+    found = sorted(results.glob("notebooks/[0-9][0-9]_*.ipynb"))
+    return [path for path in found if not path.stem.endswith(".failed")]
 
 
 def _page(notebook, title: str) -> str:
@@ -80,10 +84,10 @@ def _equation(match: re.Match) -> str:
     return f'<img class="math" alt="equation" src="data:image/svg+xml;base64,{coded}">'
 
 
-def overview(results: Path, notebooks: list[Path]) -> str:
+def overview(results: Path) -> str:
     """Findings first, then each notebook's tables and figures in the notebooks' order."""
     parts = [f"# Profile {results.name}", "## Findings", *_findings(results)]
-    for path in notebooks:
+    for path in executed(results):
         number, title = path.stem[:2], nbformat.read(path, 4).cells[0].source.splitlines()[0]
         parts.append(f"## [{title.lstrip('# ')}](notebooks/{path.name})")
         names = [name for name, table in TABLES.items() if table.notebook == number]

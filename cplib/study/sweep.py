@@ -99,8 +99,8 @@ class Workspace:
         devices = " and ".join(sorted({record["device"] for record in trained}))
         return (
             f"{len(records)} stored runs of {categories} were measured on other images and do not "
-            f"count. Measuring them anew trains for about {hours:.1f} hours (as on {devices}), and "
-            "replaces them. To keep both, set CPLIB_RESULTS to another folder."
+            f"count. Measuring them anew takes about {hours:.1f} hours of one device (as on "
+            f"{devices}) and replaces them. To keep both, set CPLIB_RESULTS to another folder."
         )
 
     def execute(self, todo: list[Run]) -> list["Outcome"]:

@@ -355,13 +355,11 @@ def _text(value: float | tuple) -> str:
 def _sensitivity_plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
     """The unchanged run stands in one row of each setting, and is trained once.
 
-    Categories: those that the profile names for the study, or the first one. Seeds: the study's,
-    and those that were measured with a changed setting before.
+    Seeds: the study's, and those that were measured with a changed setting before.
     """
     profile, study = workspace.profile, workspace.profile.sensitivity
     wanted = study.open_categories if name == "unstated_choices" else study.categories
-    categories = [c for c in workspace.shown if c in wanted]
-    categories = categories or (workspace.shown[:1] if wanted else workspace.shown)
+    categories = _categories(workspace, wanted)
 
     def of_seed(seed: int) -> Iterator[tuple[bool, Row, Run]]:
         for row, changes in settings(profile, name).items():
@@ -388,10 +386,18 @@ def _plan(runs: Iterable[Run], names: dict[str, str] | None = None) -> list[tupl
     return [(Row((names or {}).get(run.method, run.method)), run) for run in runs]
 
 
+def _categories(workspace: Workspace, named: tuple[str, ...]) -> list[str]:
+    """The categories that the profile names for a table, or all.
+
+    Where none of them is to be executed, the first that is stands beside them.
+    """
+    few = [c for c in workspace.shown if c in named or not named]
+    return few if {*few} & {*workspace.categories} else [*few, workspace.categories[0]]
+
+
 def _ablation_runs(workspace: Workspace, methods: tuple[str, ...]) -> list[Run]:
-    """The runs of Tables 4 to 6: where a profile names categories for them, only those."""
-    few = [c for c in workspace.shown if c in workspace.profile.ablation]
-    return workspace.runs(methods, few)
+    """The runs of Tables 4 to 6."""
+    return workspace.runs(methods, _categories(workspace, workspace.profile.ablation))
 
 
 def _ablation(notebook: str, methods: tuple[str, ...]) -> Table:
@@ -438,8 +444,8 @@ def _pixel_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
 
 
 def _finetune_plan(workspace: Workspace) -> list[tuple[Row, Run]]:
-    few = [c for c in workspace.shown if c in workspace.profile.ablation]
-    runs = workspace.profile.finetune_runs(few or workspace.shown, workspace.seeds or 0)
+    few = _categories(workspace, workspace.profile.ablation)
+    runs = workspace.profile.finetune_runs(few, workspace.seeds or 0)
     return _plan(runs, {"pretrained": "pool_pretrained", METHOD: "pool_finetuned"})
 
 
