@@ -19,6 +19,13 @@ find_python() {
     die "Python 3.11 or newer is needed: one of $*"
 }
 
+# install LIST: by uv, in seconds; where it cannot be had, or finds no packages, by pip.
+install() {
+    local pip=("$python" -m pip install --quiet --no-compile --disable-pip-version-check)
+    { "${pip[@]}" uv && "$python" -m uv pip install --quiet --python "$python" -r "$1"; } ||
+        "${pip[@]}" -r "$1"
+}
+
 # set_up FOLDER LIST PYTHON...: an environment with the list's packages.
 # A checksum of the list marks one that holds it; a new list updates it.
 set_up() {
@@ -26,19 +33,16 @@ set_up() {
     python=$folder/bin/python
     wanted=$(cksum "$list" pyproject.toml | cksum)
     [[ -x $python && "$(cat "$folder/.complete" 2>/dev/null)" == "$wanted" ]] && return
-    echo "setting up $folder with $list (once; a few minutes, about 6 GB) ..."
+    echo "setting up $folder with $list (once; a minute or more, about 6 GB) ..."
     if ! "$python" -m pip --version >/dev/null 2>&1; then  # not there, or left half made
         found=$(find_python "${@:3}") || exit 2
         "$found" -m venv "$folder" >&2 ||
             die "$found cannot make an environment: on Debian and Ubuntu, install python3-venv"
     fi
-    if ! "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$list" \
-        >"$folder/install.log" 2>&1; then
+    install "$list" >"$folder/install.log" 2>&1 || {
         tail -n 5 "$folder/install.log" >&2
         die "the installation failed: see $folder/install.log"
-    fi
-    # On all cores at once; templates among the files are no Python, and fail.
-    "$python" -m compileall -q -j 0 "$folder" >/dev/null 2>&1 || true
+    }
     echo "$wanted" >"$folder/.complete"
 }
 

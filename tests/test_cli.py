@@ -120,14 +120,19 @@ if [[ "$1 $2" == "-m venv" ]]; then
     [[ -e lacks-venv ]] && exit 1
     touch "$3/has-pip"
 elif [[ "$1 $2" == "-m pip" ]]; then
+    [[ "$3" == install ]] && echo "pip ${@: -1}" >>installed
     [[ -e .venv/has-pip ]]
+elif [[ "$1 $2" == "-m uv" ]]; then
+    echo "uv ${@: -1}" >>installed
+    [[ ! -e uv-fails ]]
 elif [[ "$1 $2" == "-m cplib" ]]; then
     echo "ran $3"
 fi
 """
 
 
-def test_an_environment_that_was_left_half_made_is_made_the_next_time(tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_environment_that_was_left_half_made_is_made_the_next_time(tmp_path, fails):
     """As where Debian's python3-venv is missing at first."""
     for name in ("run_all.sh", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -142,11 +147,16 @@ def test_an_environment_that_was_left_half_made_is_made_the_next_time(tmp_path):
     assert done.returncode == 2
     assert "install python3-venv" in done.stderr
     (tmp_path / "lacks-venv").unlink()
+    if fails:
+        (tmp_path / "uv-fails").touch()
     for _ in range(2):
         done = subprocess.run(["bash", str(tmp_path / "run_all.sh")], **options)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "ran notebooks"
     assert len(done.stdout.splitlines()) == 1  # nothing is set up again
+    by_pip = ["pip requirements.txt"] * fails
+    installed = ["pip uv", "uv requirements.txt", *by_pip]
+    assert (tmp_path / "installed").read_text().splitlines() == installed
 
 
 # What options mean
