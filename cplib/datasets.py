@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 # Not read from a folder of one's own: EPS is a program (Ghostscript would run it), of the others
 # PIL knows only the name.
 NOT_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-CACHE_VERSION = 1  # part of every entry's name: raise it when decoding changes
+CACHE_VERSION = 2  # part of every entry's name: raise it when decoding changes
+CLASSES = 40  # at most so many values of a mask are numbers or colours of classes
+MOST_MARKED = 0.9  # of an image, above which its mask may be black on white
 CACHE_PREFIX = "cplib-images-"
 LAYOUT = "<root>/<category>/{train/good, test/good, test/<defect>, ground_truth/<defect>}/*.png"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -123,7 +126,6 @@ class Item(NamedTuple):
     image: Path
     kind: str  # "good" or the kind of anomaly
     mask: Path | None
-    least: int = 128  # values of the mask from here on are the defect
 
 
 def categories(root: str | Path) -> list[str]:
@@ -268,14 +270,13 @@ def _visa_files(root: Path, category: str, split: str) -> tuple[list[Item], bool
 
 
 def _visa_item(root: Path, row: dict[str, str]) -> Item:
-    """VisA's masks hold the number of the kind of anomaly, from 1."""
     for name in (row["image"], row["mask"] or row["image"]):
         parts = PurePosixPath(name).parts
         if parts[:1] != (row["object"],) or ".." in parts:
             raise DataError(f"{root / VISA}: {name!r}; expected a file below {row['object']!r}")
     kind = "good" if row["label"] == "normal" else row["label"]
     mask = root / row["mask"] if row["mask"] and kind != "good" else None
-    return Item(root / row["image"], kind, mask, least=1)
+    return Item(root / row["image"], kind, mask)
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,19 @@ def load(
     if images is None:
         images = _decode(Path(root, category), items, shape, masked)
         _keep(images, entry)
+    for line in odd_masks(images, items):
+        warnings.warn(line, stacklevel=2)
     return images
+
+
+def odd_masks(images: Images, items: list[Item]) -> Iterator[str]:
+    """A line for each mask that marks nothing, or nearly all of its image."""
+    for i, item in enumerate(items if images.masks is not None else ()):
+        share = float(images.masks[i].float().mean())
+        if item.mask and not share:
+            yield f"{item.mask}: marks nothing; the image counts in no pixel metric"
+        elif share > MOST_MARKED:
+            yield f"{item.mask}: marks {share:.0%} of the image; is it black on white?"
 
 
 def fingerprints(root: str | Path, category: str, size: int = 256) -> dict[str, str]:
@@ -419,7 +432,7 @@ def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: boo
         image = _read(items[index].image, "RGB")
         pixels[index] = _resized(image, shape)
         if items[index].mask is not None:
-            masks[index] = _read_mask(items[index], image.size, shape)
+            masks[index] = _read_mask(items[index].mask, image.size, shape)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode_one, range(len(items))))
@@ -487,12 +500,32 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255
 
 
-def _read_mask(item: Item, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    mask = _read(item.mask, "L")
-    if mask.size != size:
-        found, expected = ("x".join(map(str, pair)) for pair in (mask.size, size))
-        raise DataError(f"{item.mask}: mask of {found} pixels; expected {expected}")
-    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) >= item.least
+def _read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    with as_data_error(path, "a whole mask"), _open(path, FORMATS) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        marked = _marked(image)
+    if image.size != size:
+        found, expected = ("x".join(map(str, pair)) for pair in (image.size, size))
+        raise DataError(f"{path}: mask of {found} pixels; expected {expected}")
+    resized = Image.fromarray(marked).resize(shape[::-1], Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def _marked(image: Image.Image) -> np.ndarray:
+    """The pixels (H, W) that a mask marks, bool, whatever its values are.
+
+    A few values are classes: all but 0 (black) count. Of shades, as in a mask that was resized or
+    was a JPEG, those above half of the largest count: many values, or some just below the largest.
+    """
+    wide = image.mode[:1] in "IF"  # 16 or 32 bits a pixel
+    values = np.asarray(image) if wide else np.asarray(image.convert("RGB")).max(2)
+    if image.mode == "P" and values.min() > 0:  # no colour is black
+        values = np.asarray(image)
+    levels = np.unique(values)
+    top = levels[-1]
+    close = top >= 128 and ((levels > 0.94 * top) & (levels < top)).any()
+    shades = close or len(levels) > CLASSES or image.format == "JPEG"
+    return values > (top / 2 if shades else 0)
 
 
 def _cache_entry(cache: str | Path | None, items: list[Item], options: list) -> Path:

@@ -5,6 +5,7 @@ What is done to break the readers on purpose is in test_hostile.py.
 
 import csv
 import dataclasses
+import io
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -227,15 +228,74 @@ def test_a_mask_has_the_images_name_in_any_format(root, name):
     assert torch.equal(mask_of(root), torch.from_numpy(LEFT == 0))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "16 bits"])
-def test_a_mask_of_any_mode_is_cut_at_one_half(root, mode):
-    mask = np.full((12, 10), 0 if mode == "1" else 127, np.uint8)
-    mask[3] = 255 if mode == "1" else 128
-    wide, mode = mode == "16 bits", None if mode == "16 bits" else mode
-    mask = mask.astype(np.uint16) * 257 if wide else mask
-    write(root / "nut/ground_truth/bent/000_mask.png", mask, mode)
-    assert mask_of(root)[3].all()
-    assert mask_of(root).sum() == 10
+def palette(colours):
+    """The left half as index 1, the rest as index 0."""
+    image = Image.fromarray(LEFT // 255).convert("P")
+    image.putpalette(colours + [0] * (768 - len(colours)))
+    return image
+
+
+def of_jpeg(mask):
+    """A mask that was saved as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "JPEG", quality=80)
+    return Image.open(buffer).copy()
+
+
+HALVES = np.where(np.arange(120).reshape(12, 10) % 20 < 10, 1, 2).astype(np.uint8)  # two classes
+MASKS = {
+    "one bit": Image.fromarray(LEFT).convert("1"),
+    "255": LEFT,
+    "1": LEFT // 255,
+    "16 bits": LEFT.astype(np.uint16) * 257,
+    "16 bits, 1": (LEFT // 255).astype(np.uint16),
+    "classes": LEFT // 255 * HALVES,
+    "classes far apart": LEFT // 255 * np.where(HALVES == 1, 20, 255).astype(np.uint8),
+    "grey and opaque": Image.fromarray(LEFT).convert("LA"),
+    "colour": np.stack([LEFT // 2, 0 * LEFT, 0 * LEFT], 2),
+    "colour and opaque": Image.fromarray(LEFT).convert("RGBA"),
+    "a palette of labels": palette([0, 0, 0, 128, 0, 0]),
+    "a palette turned round": palette([255, 255, 255, 0, 0, 0]),
+    "a palette without black": palette([9, 9, 9, 200, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_marks_all_that_is_not_background(root, kind):
+    write(root / "nut/ground_truth/bent/000_mask.png", MASKS[kind])
+    write(root / "nut/ground_truth/bent/001_mask.png", LEFT)  # the folder mixes them
+    marked = LEFT == 0 if "round" in kind else LEFT > 0
+    masks = load(root, "nut", "test", (12, 10)).masks
+    assert torch.equal(masks[2], torch.from_numpy(marked))
+    assert torch.equal(masks[3], torch.from_numpy(LEFT > 0))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_mask_of_shades_is_cut_at_half_of_the_largest(root, suffix):
+    wide = np.zeros((96, 80), np.uint8)
+    wide[20:50, 10:30] = 255
+    noisy = of_jpeg(wide)
+    assert 0 < (np.asarray(noisy)[wide == 0] > 0).mean() < 1
+    truth = root / "nut/ground_truth/bent"
+    (truth / "000_mask.png").unlink()
+    for i in (0, 1):  # all images are of their masks' sizes
+        write(root / f"nut/test/bent/00{i}.png", noise(i, 96, 80))
+    write(truth / f"000_mask.{suffix}", noisy)
+    small = Image.fromarray(wide).resize((30, 37), Image.Resampling.BILINEAR)
+    write(truth / "001_mask.png", small.resize((80, 96), Image.Resampling.BILINEAR))
+    noisy, resized = load(root, "nut", "test", (96, 80)).masks[2:4].numpy()
+    assert (noisy == (wide > 0)).all()
+    assert (resized != (wide > 0)).sum() < 60  # of a border of 100 pixels
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0, "marks nothing; the image counts in no"), (255, "marks 100% of")]
+)
+def test_a_mask_that_marks_nothing_or_nearly_all_is_named(root, value, told):
+    path = write(root / "nut/ground_truth/bent/000_mask.png", np.full_like(LEFT, value))
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match=f"^{path}: {told}"):
+            assert bool(mask_of(root).all()) == bool(value)
 
 
 def test_a_mask_that_is_missing_damaged_or_of_another_size_is_named(root):
@@ -243,7 +303,7 @@ def test_a_mask_that_is_missing_damaged_or_of_another_size_is_named(root):
     write(path, LEFT.T)
     assert_error(lambda: load(root, "nut", "test", 8), path, "12x10", "expected 10x12")
     path.write_bytes(b"nothing")
-    assert_error(lambda: load(root, "nut", "test", 8), path, "expected a whole image")
+    assert_error(lambda: load(root, "nut", "test", 8), path, "expected a whole mask")
     path.unlink()
     assert_error(lambda: load(root, "nut", "test", 8), path, "missing", "test/bent/001.png")
     shutil.rmtree(path.parent)

@@ -223,6 +223,17 @@ def test_the_commit_is_dirty_where_the_code_was_edited_alone(tmp_path, monkeypat
     assert store.git_commit() is None
 
 
+def test_an_anomalous_image_whose_mask_marks_nothing_is_in_no_pixel_metric():
+    masks, maps = torch.zeros(4, 8, 8, dtype=torch.bool), torch.rand(4, 8, 8)
+    masks[2, :3] = True  # and none of the fourth
+    labels = torch.tensor([0, 0, 1, 1])
+    pixels, kinds, names = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), 4 * ("x",), tuple("abcd")
+    test = datasets.Images(pixels, labels, kinds, masks, names)
+    three = datasets.Images(pixels[:3], labels[:3], kinds[:3], masks[:3], names[:3])
+    found = sweep.pixel_level_metrics(UNTRAINED, test, maps)
+    assert found == sweep.pixel_level_metrics(UNTRAINED, three, maps[:3])
+
+
 # Killed
 
 

@@ -180,9 +180,15 @@ def assess(
 
 
 def pixel_level_metrics(run: Run, test: datasets.Images, maps: torch.Tensor) -> dict:
-    """Pixel-level metrics of anomaly maps; the peak's distance is 16 px of a 256-px image."""
-    peak = None if test.masks is None else peak_within(test.masks, maps, 16 * run.size / 256)
-    return pixel_metrics(test.masks, maps) | {PEAK: peak}
+    """Pixel-level metrics of anomaly maps; the peak's distance is 16 px of a 256-px image.
+
+    Without the anomalous images whose mask marks nothing.
+    """
+    if test.masks is None:
+        return pixel_metrics(None, maps) | {PEAK: None}
+    told = (test.labels == 0) | test.masks.flatten(1).any(1)
+    masks, maps = test.masks[told], maps[told]
+    return pixel_metrics(masks, maps) | {PEAK: peak_within(masks, maps, 16 * run.size / 256)}
 
 
 @dataclass(frozen=True)
