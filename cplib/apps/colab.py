@@ -35,7 +35,7 @@ def requirements() -> tuple[list[str], list[str]]:
     """What pyproject.toml wants and is missing or too old here, and pins of all that is there."""
     from packaging.requirements import Requirement
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     missing, pins = [], []
     for line in project["dependencies"] + project["optional-dependencies"]["notebooks"]:
         wanted = Requirement(line)
@@ -57,7 +57,7 @@ def install(missing: list[str], pins: list[str]) -> None:
     print(f"installing {', '.join(missing)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "constraints.txt")
-        constraints.write_text("\n".join(pins))
+        constraints.write_text("\n".join(pins), encoding="utf-8")
         command = [sys.executable, "-m", "pip", "install", "-qq", "-c", str(constraints), *missing]
         subprocess.run(command, check=True)
     importlib.invalidate_caches()
@@ -89,7 +89,9 @@ def device() -> str:
 
 def repository(root: Path) -> str:
     """The address, "https://github.com/OWNER/NAME"; ValueError for another, empty where unset."""
-    address = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["cplib"]["repository"]
+    address = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cplib"][
+        "repository"
+    ]
     if address and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
         raise ValueError(f"repository {address!r}: Colab opens https://github.com/OWNER/NAME")
     return address
@@ -108,7 +110,7 @@ def mark(notebook, address: str, name: str) -> None:
     first, rest = lines[0], "\n".join(lines[1:]).strip()
     title.source = f"{first}\n\n{badge(address, name)}\n\n{rest}".strip()
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    code = CELL.read_text().strip()
+    code = CELL.read_text(encoding="utf-8").strip()
     if not cell.source.startswith(code.split(":")[0]):
         raise ValueError(f"{name}: its first cell is not the one for Colab")
     cell.source = code.replace("REPOSITORY", address)

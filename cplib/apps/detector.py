@@ -119,7 +119,7 @@ class Detector:
 
     @classmethod
     def _load(cls, folder: Path, device) -> "Detector":
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["version"] != VERSION:
             raise ValueError(f"version {record['version']!r}, not {VERSION}")
         raw = (folder / TENSORS).read_bytes()

@@ -94,7 +94,9 @@ def overview(results: Path) -> str:
         for name in (*names, *OTHERS.get(number, ())):
             file = results / "tables" / f"{name}.md"
             if file.exists() or name in TABLES:
-                text = file.read_text().strip() if file.exists() else "Not measured."
+                text = (
+                    file.read_text(encoding="utf-8").strip() if file.exists() else "Not measured."
+                )
                 heading = re.sub(r"Table(\d)", r"Table \1:", name.capitalize()).replace("_", " ")
                 parts.append(f"### {heading}\n\n{text}")
         for figure in sorted(results.glob(f"figures/{number}_*.png")):
@@ -150,7 +152,7 @@ def readme_table(results: Path, name: str, metric: str, *, ours: bool = False) -
     grid = wide(pd.read_csv(results / "tables" / f"{name}.csv"), metric)
     if ours:
         grid = grid[~grid.map(lambda cell: cell[:1] in ("", "(")).all(axis=1)]
-    note = (results / "tables" / f"{name}.md").read_text().splitlines()[0]
+    note = (results / "tables" / f"{name}.md").read_text(encoding="utf-8").splitlines()[0]
     return f"{note}\n\n{markdown(grid)}"
 
 
@@ -176,7 +178,7 @@ def readme_claims(results: Path) -> str:
 def readme_minutes(results: Path) -> str:
     """What is in each notebook, and the longest that it took: with everything to train."""
     rows = {}
-    for name, taken in json.loads((results / "minutes.json").read_text()).items():
+    for name, taken in json.loads((results / "minutes.json").read_text(encoding="utf-8")).items():
         path = ROOT / "notebooks" / f"{name}.ipynb"
         first = nbformat.read(path, 4).cells[0].source
         title, expect = first.splitlines()[0].lstrip("# "), first.partition("*Expect*: ")[2]

@@ -42,11 +42,13 @@ def record(run: Run, places: Places) -> dict | None:
     """The features of an image-level run, compared and projected, kept beside it; else None.
 
     Holds ``gaussian_auroc`` of each group against the normal images (eq. 2), the ``pairs`` with
-    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. A
-    number is None where a group is too small for it.
+    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. None,
+    too, with fewer than two normal or two anomalous test images.
     """
 
     def compute(run: Run, net: PretextNet, train: Images, test: Images) -> dict:
+        if min(int((test.labels == k).sum()) for k in (0, 1)) < 2:
+            return {}
         with _one_thread():
             scorer = Scorer.fit(run, net, train.pixels)
             groups = image_groups(run, test)
@@ -54,7 +56,7 @@ def record(run: Run, places: Places) -> dict | None:
             scores = score_features(scorer.density, z)[:, 0]
             return describe(z[:, 0].split([len(g) for g in groups]), scores.numpy())
 
-    return cached(run, "features", compute, places)
+    return cached(run, "features", compute, places) or None
 
 
 @contextlib.contextmanager

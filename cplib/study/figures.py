@@ -49,6 +49,7 @@ def use_style() -> None:
 
     if get_ipython():
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 90})
+    plt.rcdefaults()  # whatever a person's own matplotlibrc says
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update(
         {

@@ -150,7 +150,9 @@ class Profile:
 def _profiles() -> dict[str, Profile]:
     """The profiles by name; TypeError for an entry that ``Profile`` does not have."""
     found = {}
-    for name, entries in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items():
+    for name, entries in tomllib.loads(
+        Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    ).items():
         entries = found[entries.pop("like")] | entries if "like" in entries else entries
         found[name] = entries
     return {name: _profile(name, **entries) for name, entries in found.items()}

@@ -179,8 +179,8 @@ def git_commit() -> str | None:
 def read(folder: str | Path) -> tuple[Run, dict, dict]:
     """A run, its whole record and its metrics; ValueError names a folder that is not a run."""
     try:
-        record = json.loads((Path(folder) / "run.json").read_text())
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
         if record["version"] != RECORD_VERSION:
             raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
         run = Run.from_dict(record["run"])
@@ -335,7 +335,7 @@ def read_record(file: Path) -> dict | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
         raise ValueError("not an object of JSON")
