@@ -203,9 +203,9 @@ def candidates(
     }
     if profile:
         features = {k: getattr(LEVELS, k) for k in ("size", "backbone", "levels", "reg_covar")}
-        tuned = profile.finetune_runs((category,), 1)[-1]
+        tuned = replace(profile.finetune_runs((category,))[-1], seed=0)
         runs["finetuned by CutPaste"] = replace(tuned, **own, **features, gaussians="position")
-        patch = profile.patch_runs((category,), 1)[-1]
+        patch = replace(profile.patch_runs((category,))[-1], seed=0)
         runs["CutPaste patches"] = replace(patch, **own, gaussians="shared", stride=STRIDE)
     return runs
 
