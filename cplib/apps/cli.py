@@ -1,10 +1,13 @@
 """The command line: ``python -m cplib``; run_all.sh calls its ``notebooks``."""
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 
@@ -126,11 +129,24 @@ def maintain() -> None:
     colab.write_badges()
 
 
+def _repeat(lost) -> None:
+    """Repeat an interrupt that came in a weak reference's callback, where Python ignores it."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and exit: 0 if all went well, 1 if not, 2 if it was asked for wrongly."""
+    """Run a command and exit: 0 if all went well, 1 if not, 2 if it was asked for wrongly.
+
+    130 if Ctrl-C or SIGTERM stopped it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        status = commands(argv, standalone_mode=False)
-    except click.exceptions.Abort:
+        with patch.object(sys, "unraisablehook", _repeat):
+            status = commands(argv, standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
         print("\nstopped: the same command resumes", file=sys.stderr)
         status = 130
     except click.ClickException as error:

@@ -1,13 +1,13 @@
 """Execute the notebooks headless, one line each with the minutes, and make pages of them."""
 
-import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +15,15 @@ from unittest.mock import patch
 
 import nbformat
 import papermill
+import psutil
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from traitlets import default
 
 from cplib.apps.pages import write_pages
 from cplib.apps.workspace import ROOT
+from cplib.datasets import write_text
+from cplib.study.store import read_record, write_json
 from cplib.study.sweep import UsageError, Workspace, estimate, jobs_here
 from cplib.study.tables import all_runs
 
@@ -26,6 +32,7 @@ TRAINING = "02"  # trains what the others read
 STAGES = (TRAINING, "03", "11")  # where to wait for all before: 11 reads what they measured
 MOST = 4  # notebooks at a time: each takes about a gigabyte
 NOTING = threading.Lock()  # two notebooks may end at once
+STOPPED: list[threading.Thread] = []  # ends the kernels: what they execute has not failed
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
 
@@ -48,10 +55,11 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
     if line := workspace.outdated(runs):
         print(line, flush=True)
     todo = workspace.missing(runs)
+    trains = any(path.name.startswith(TRAINING) for path in chosen)
     cost = estimate(todo, workspace.collect(runs), workspace.places)
-    if cost["images"].sum() > LONG:
+    if trains and cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
-    if workspace.places.data and any(path.name.startswith(TRAINING) for path in chosen):
+    if workspace.places.data and trains:
         for category, size in dict.fromkeys((run.category, run.size) for run in todo):
             for split in ("train", "test"):
                 workspace.load(category, split, size)
@@ -78,6 +86,9 @@ def _run_group(group: list[Path], workspace: Workspace, parameters: dict, jobs: 
     """Execute notebooks, ``jobs`` at a time; the names of those that failed."""
     results, weights = workspace.results, workspace.places.weights
     environment = {"CPLIB_RESULTS": f"{results.parent}", "CPLIB_WEIGHTS": f"{weights or ''}"}
+    # The kernels import the code of this command, whose environment may be of another clone.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = f"{max(1, jobs_here() // jobs)}"
     log = results / "notebooks" / "kernel.log"
@@ -88,12 +99,61 @@ def _run_group(group: list[Path], workspace: Workspace, parameters: dict, jobs: 
         patch.dict(os.environ, environment),
         chdir(NOTEBOOKS),
         quiet(log),
-        ThreadPoolExecutor(jobs) as pool,
+        stoppable_pool(jobs) as pool,
     ):
         errors = dict(zip(group, pool.map(one, group), strict=True))
     for error in filter(None, errors.values()):
         print(f"  {error}", file=sys.stderr)
     return [path.name for path, error in errors.items() if error]
+
+
+@contextmanager
+def stoppable_pool(jobs: int):
+    """Threads for notebooks; Ctrl-C or SIGTERM ends the kernels, and so them: KeyboardInterrupt."""
+    STOPPED.clear()
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="notebook")
+
+    def stop(*_):
+        if not STOPPED:
+            STOPPED.append(threading.Thread(target=_end_kernels, args=[pool]))
+            STOPPED[0].start()
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        with pool:
+            yield pool
+    finally:
+        for thread in STOPPED:
+            thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if STOPPED:
+            raise KeyboardInterrupt
+
+
+def _end_kernels(pool: ThreadPoolExecutor) -> None:
+    """Interrupt this process's kernels and their workers, kill those that go on, and wait."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    threads = [t for t in threading.enumerate() if t.name.startswith("notebook")]
+    kernels = set()  # process groups: workers, too, belong to their kernel's
+    # To kill more than once ends a kernel that was only about to start.
+    for number, seconds in ((signal.SIGINT, 3), (signal.SIGTERM, 1), *[(signal.SIGKILL, 1)] * 4):
+        kernels |= {child.pid for child in psutil.Process().children()}
+        for kernel in kernels:
+            with suppress(OSError):  # it has ended
+                os.killpg(kernel, number)
+        until = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(0, until - time.monotonic()))
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel in the Python of this command, though a person's own kernel has the same name."""
+
+    @default("kernel_spec_manager")
+    def _only_the_native_kernel(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
 
 
 class Progress:
@@ -139,13 +199,18 @@ def run_one(path: Path, results: Path, parameters: dict, progress: bool = False)
     out.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    options = {"progress_bar": False, "kernel_name": "python3"}
+    options = {"progress_bar": False, "kernel_name": "python3", "kernel_manager_class": OwnKernel}
     if progress:
         print(f"{path.stem} ...", end="", flush=True)
         options["stdout_file"] = Progress(path.stem)
     try:
         papermill.execute_notebook(path, failed, parameters, coalesce_streams=True, **options)
-    except (papermill.PapermillExecutionError, RuntimeError) as error:  # or its kernel died
+    except Exception as error:
+        if STOPPED:
+            failed.unlink(missing_ok=True)
+            raise
+        if not isinstance(error, (papermill.PapermillExecutionError, RuntimeError)):
+            raise  # neither has a cell failed nor the kernel died
         what = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
         print(f"\r{path.stem} ... {f'FAILED after {(time.time() - began) / 60:.1f} min':<60}")
         return f"{what}\n  see {failed}"
@@ -162,15 +227,15 @@ def forget_paths(out: Path) -> None:
     notebook = nbformat.read(out, as_version=4)
     for name in ("input_path", "output_path"):
         notebook.metadata.papermill[name] = out.name
-    nbformat.write(notebook, out)
+    write_text(out, nbformat.writes(notebook) + "\n")
 
 
 def note_minutes(file: Path, notebook: str, minutes: float) -> None:
     """Keep the longest that a notebook took: with everything still to train."""
     with NOTING:
-        noted = json.loads(file.read_text()) if file.exists() else {}
+        noted = read_record(file) or {}
         noted[notebook] = max(minutes, noted.get(notebook, 0))
-        file.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n")
+        write_json(file, dict(sorted(noted.items())))
 
 
 def relative(folder: Path | None) -> str:
@@ -183,7 +248,7 @@ def quiet(log: Path):
     """Send what this process and its kernels write to standard error to a file instead."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     try:
         yield

@@ -76,7 +76,9 @@ def _equation(match: re.Match) -> str:
     """An equation as an image; as it is where matplotlib does not know a symbol."""
     image = io.BytesIO()
     try:
-        with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"}):
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever a person's own matplotlibrc says
+            matplotlib.rcParams.update({"mathtext.fontset": "cm", "svg.hashsalt": "cplib"})
             math_to_image(f"${match[1].strip()}$", image, format="svg")
     except ValueError:
         return match[0]
