@@ -507,8 +507,8 @@ def _read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.
     if image.size != size:
         found, expected = ("x".join(map(str, pair)) for pair in (image.size, size))
         raise DataError(f"{path}: mask of {found} pixels; expected {expected}")
-    resized = Image.fromarray(marked).resize(shape[::-1], Image.Resampling.NEAREST)
-    return np.asarray(resized)
+    marked = Image.fromarray(marked.astype(np.uint8))  # of bools PIL makes bytes of 0 and 255
+    return np.asarray(marked.resize(shape[::-1], Image.Resampling.NEAREST)) > 0
 
 
 def _marked(image: Image.Image) -> np.ndarray:

@@ -267,6 +267,7 @@ def test_a_mask_marks_all_that_is_not_background(root, kind):
     marked = LEFT == 0 if "round" in kind else LEFT > 0
     masks = load(root, "nut", "test", (12, 10)).masks
     assert torch.equal(masks[2], torch.from_numpy(marked))
+    assert masks.view(torch.uint8).unique().tolist() == [0, 1]  # the fingerprint is of the bytes
     assert torch.equal(masks[3], torch.from_numpy(LEFT > 0))
 
 

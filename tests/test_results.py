@@ -61,3 +61,14 @@ def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
 
 def test_the_readmes_tables_are_those_of_the_results():
     assert pages.filled_readme() == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+REAL = ROOT.parent / "shared" / "mvtec256"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no MVTec AD images in ../shared/mvtec256")
+def test_stored_runs_count_for_the_images_that_they_were_measured_on():
+    quick = PROFILES["quick"]
+    workspace = Workspace(quick, ("bottle",), Places(ROOT / "results" / "quick", REAL))
+    runs = workspace.runs(("cutpaste_3way",), ("bottle",))
+    assert workspace.finished(runs) == runs
