@@ -20,7 +20,15 @@ from sklearn.metrics import f1_score
 from cplib import datasets, train
 from cplib.apps import detector as module
 from cplib.apps.cli import main
-from cplib.apps.detector import RECORD, TENSORS, Detector, choose_threshold, fit_detector, name_of
+from cplib.apps.detector import (
+    RECORD,
+    TENSORS,
+    Detector,
+    choose_threshold,
+    fit_detector,
+    name_of,
+    own_images,
+)
 from cplib.apps.notebooks import NOTEBOOKS, run_one
 from cplib.density import Gaussian
 from cplib.metrics import auroc_between
@@ -53,7 +61,9 @@ def fitted(pixels, tmp_path_factory):
     """A detector of each kind, and the folder where it was saved."""
     places = Places(tmp_path_factory.mktemp("results"))
     folder = places.results / "detectors"
-    fit = {k: fit_detector(run, *pixels, places=places, name=k) for k, run in KINDS.items()}
+    fit = {
+        k: fit_detector(run, *pixels, places=places, folder=folder / k) for k, run in KINDS.items()
+    }
     return {k: (detector, folder / k) for k, detector in fit.items()}
 
 
@@ -88,7 +98,6 @@ def test_files_of_any_shape_are_resized_as_the_data_sets_are(saved, tmp_path):
     folder.mkdir(parents=True)
     Image.fromarray(values).save(folder / "wide.png")
     detector = Detector.load(saved)
-    assert (name_of(folder), name_of("/a nut"), name_of("/good")) == ("one", "a nut", "own")
     expected = detector.score(datasets.load(tmp_path, "one", "train", 32).pixels)
     assert torch.equal(detector.score([folder / "wide.png"]), expected)
     with pytest.raises(ValueError, match=r"uint8 \(N, 3, 32, 32\)"):
@@ -148,7 +157,7 @@ def test_training_resumes_where_it_was_cut_off_and_is_done_once(pixels, tmp_path
     assert torch.equal(first.normal, whole.normal)
     monkeypatch.setattr(train, "step", None)  # called, it would be a TypeError
     again = fit_detector(replace(run, l2_normalise=True), *pixels, places=places, quantile=0.9)
-    assert len(Detector.load(tmp_path / "detectors" / "own").anomalous) == len(again.anomalous) == 6
+    assert len(again.anomalous) == 6
 
 
 def test_a_comparison_resumes_where_it_was_cut_off(pixels, tmp_path, monkeypatch):
@@ -339,6 +348,79 @@ def test_features_of_other_places_are_one_line(fitted, tmp_path):
 # A person's own folders
 
 
+def test_two_folders_of_one_name_have_detectors_of_their_own_names(tmp_path):
+    screws, nuts = (name_of(tmp_path / kind / "OK_images") for kind in ("screws", "nuts"))
+    assert screws != nuts
+    assert screws[:-4] == nuts[:-4] == "OK_images-"
+    assert name_of(tmp_path / "sieve" / "train" / "good").startswith("sieve-")
+
+
+def test_bad_images_inside_the_folder_of_good_ones_are_not_normal(demo_root, tmp_path):
+    good, bad = tmp_path / "parts", tmp_path / "parts" / "defects"
+    shutil.copytree(demo_root / "sieve" / "train" / "good", good)
+    shutil.copytree(demo_root / "sieve" / "test", bad)
+    normal, anomalous, lines = own_images(good, bad)
+    assert {path.parent for path in normal} == {good}
+    assert len(anomalous) == len(datasets.image_files(bad))
+    assert lines == [f"{bad}: its {len(anomalous)} images are not taken as normal"]
+    assert own_images(good)[0] == datasets.image_files(good)
+    with pytest.raises(datasets.DataError, match=f"^{good}: no image that can be read"):
+        own_images(good, good)
+
+
+def test_a_detector_of_other_images_is_not_replaced_in_silence(pixels, tmp_path, capsys):
+    options = {"places": Places(tmp_path), "folder": tmp_path / "parts"}
+    fit_detector(KINDS["shared"], pixels[0], **options)
+    fit_detector(KINDS["shared"], pixels[0], **options)
+    assert capsys.readouterr().out == ""
+    fit_detector(KINDS["shared"], pixels[0][1:], **options)
+    assert capsys.readouterr().out == f"{tmp_path / 'parts'}: replaces a detector of other images\n"
+
+
+@pytest.mark.parametrize(
+    ("shift", "bad", "most", "least"),
+    [
+        (0.0, 0.0, 0.02, 0.0),  # normal images like those it was fitted to
+        (0.0, 0.75, 0.02, 0.0),  # most are anomalous
+        (1.3, 0.0, 1.0, 0.9),  # other light: a third lies above a threshold of 5 %
+        (1.3, 0.3, 1.0, 0.8),
+        (4.0, 0.0, 1.0, 1.0),  # nearly all above
+    ],
+)
+def test_scores_that_lie_higher_than_in_cross_validation_cast_doubt(
+    fitted, shift, bad, most, least
+):
+    draws, told = np.random.default_rng(0), []
+    for _ in range(200):
+        normal = torch.from_numpy(draws.lognormal(size=150))
+        detector = replace(
+            fitted["image"][0], normal=normal, threshold=float(normal.quantile(0.95))
+        )
+        n = round(100 * bad)
+        scores = draws.lognormal(shift, size=100)
+        scores[:n] = draws.lognormal(5, size=n)
+        told.append(detector.doubt(torch.from_numpy(scores)))
+    assert least <= np.mean([line != "" for line in told]) <= most
+    assert all("the threshold may not hold" in line for line in told if line)
+    assert detector.doubt(torch.from_numpy(scores[:10])) == ""  # too few to tell
+
+
+def test_the_command_fits_a_detector_that_the_other_command_scores_with(
+    demo_root, tmp_path, capsys
+):
+    sieve, out = demo_root / "sieve", tmp_path / "detector"
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            ["fit", str(sieve / "train" / "good"), "--bad", str(sieve / "test"), "--out", str(out)]
+        )
+    assert stopped.value.code == 0
+    told = capsys.readouterr()
+    assert "F1-max" in told.out and f"cplib score {out} FOLDER" in told.out
+    assert Detector.load(out).run.init == "imagenet"
+    assert score(out, sieve / "test", "--out", tmp_path / "scores.csv") == 0
+    assert len(pd.read_csv(tmp_path / "scores.csv")) == len(datasets.image_files(sieve / "test"))
+
+
 def test_images_are_all_formats_below_a_folder_but_no_programs(tmp_path):
     names = ["a.png", "b.JPG", "d/e.jp2", "z.tiff"]
     for name in [*names, "h.eps", "i.txt", ".j.png", ".k/l.png", "m.pdf", "n.mpg"]:
@@ -418,7 +500,7 @@ def test_own_folders_make_a_detector_and_what_is_wrong_with_them_is_said(
     said = "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
     assert f"{good / 'broken.png'}: " in said
     assert "left out, no images by their names: 1 (.heic)" in said
-    folder = results / "detectors" / "partA"
+    folder = results / "detectors" / name_of(good)
     detector = Detector.load(folder)
     assert detector.run.dataset == "own"
     assert "F1-max" in detector.chosen

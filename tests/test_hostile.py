@@ -232,10 +232,9 @@ def test_damaged_scores_are_read_or_named(tmp_path, record, data):
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """The files of a saved detector: their names and bytes."""
-    places = Places(tmp_path_factory.mktemp("results"))
+    folder = tmp_path_factory.mktemp("results") / "own"
     pixels = torch.arange(4 * 3 * 32 * 32).reshape(4, 3, 32, 32).mul(7919).byte()
-    fit_detector(UNTRAINED, pixels, places=places)
-    folder = places.results / "detectors" / "own"
+    fit_detector(UNTRAINED, pixels, places=Places(folder.parent), folder=folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

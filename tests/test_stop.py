@@ -5,10 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import nbformat
 import psutil
+import pytest
 
+from cplib.apps import pages
+from cplib.apps.cli import main
 from cplib.apps.workspace import ROOT
 
 PARAMETERS = "\n".join(f"{name}: str = ''" for name in ("profile", "data", "categories", "device"))
@@ -61,13 +65,19 @@ def stop(options, number, ready, log):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.05)
-    started = psutil.Process(process.pid).children(recursive=True)
+    whole = psutil.Process(process.pid)
+    started = whole.children(recursive=True)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=10)
+    try:
+        _, errors = process.communicate(timeout=10)
+        left = list(filter(runs, started))
+    finally:
+        for one in filter(runs, [whole, *started]):
+            one.kill()
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "stopped: the same command resumes"
     assert len(started) >= 2  # a kernel and a worker
-    assert [process for process in started if runs(process)] == []
+    assert left == []
 
 
 def test_ctrl_c_ends_the_training_and_keeps_the_finished_runs(demo_root, tmp_path):
@@ -98,3 +108,22 @@ def test_sigterm_kills_a_deaf_kernel_and_keeps_what_ran_beside_it(demo_root, tmp
     ready = lambda: all(file.exists() for file in files)  # noqa: E731
     stop(options, signal.SIGTERM, ready, tmp_path / "log")
     assert [path.name for path in executed.glob("*.ipynb")] == ["00_ends.ipynb"]
+
+
+def test_an_interrupt_that_python_ignores_in_a_callback_comes_again(monkeypatch, capsys):
+    def interrupted(results):
+        thing = type("Thing", (), {})()
+        watched = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+        assert watched() is None
+        time.sleep(10)
+
+    monkeypatch.setattr(pages, "write_pages", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["pages", "--profile", "demo"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("\nstopped: the same command resumes\n")

@@ -7,7 +7,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 
@@ -39,7 +38,10 @@ def commands() -> None:
 @device_option
 @click.option("--weights", default="", help="folder of ImageNet weights (else $CPLIB_WEIGHTS)")
 def notebooks(profile, data, categories, only, start, device, **options) -> int:
-    """Execute the notebooks: every table and figure of a profile."""
+    """Execute the notebooks: every table and figure of a profile.
+
+    Ctrl-C or SIGTERM stops it, with status 130; the same command resumes.
+    """
     from cplib.apps.notebooks import choose, run_notebooks
     from cplib.apps.workspace import open_workspace
 
@@ -77,6 +79,33 @@ def download(folder, accept_licence) -> None:
 
 
 @commands.command()
+@click.argument("good")
+@click.option("--bad", default="", help="folder of anomalous images, if there are any")
+@click.option("--out", required=True, help="folder for the detector")
+@click.option("--quantile", default=0.95, help="of normal images below the threshold, without bad")
+@click.option("--weights", default=None, help="folder of ImageNet weights")
+@device_option
+def fit(good, bad, out, quantile, weights, device) -> int:
+    """Fit a detector to the normal images below a folder, as notebook 12 does."""
+    from cplib.apps.detector import best_detector, candidates, differ_in_shape, own_images
+    from cplib.apps.workspace import find_device
+    from cplib.study.store import Places
+
+    places = Places(Path(out), None, weights, find_device(device))
+    normal, anomalous, lines = own_images(good, bad)
+    for line in lines:
+        print(line, file=sys.stderr)
+    runs = candidates("own", pad=differ_in_shape([*normal, *anomalous]))
+    options = {"folder": out, "places": places, "quantile": quantile}
+    detector, table = best_detector(runs, normal, anomalous, **options)
+    print(table.drop(columns="trained").round(1).to_string())
+    print(f"images: {len(normal)} normal, {len(anomalous)} anomalous")
+    print(f"threshold {detector.threshold:.4g}: {detector.chosen}")
+    print(f"python -m cplib score {out} FOLDER --out scores.csv")
+    return 0
+
+
+@commands.command()
 @click.argument("detector")
 @click.argument("folder")
 @click.option("--out", required=True, help="CSV: file, score, threshold, anomalous")
@@ -84,6 +113,8 @@ def download(folder, accept_licence) -> None:
 @device_option
 def score(detector, folder, out, maps, device) -> int:
     """Score every image below a folder with a detector that notebook 12 saved."""
+    import torch
+
     from cplib.apps.detector import Detector, score_folder
     from cplib.apps.workspace import find_device
     from cplib.datasets import left_out
@@ -100,6 +131,8 @@ def score(detector, folder, out, maps, device) -> int:
     table.to_csv(out, index=False, float_format="%.9g")
     for line in filter(None, [*problems, others]):
         print(line, file=sys.stderr)
+    if doubt := tool.doubt(torch.tensor(table["score"].dropna().to_numpy())):
+        print(doubt, file=sys.stderr)
     flagged = int(table["anomalous"].sum())
     print(f"images: {len(table)}; {each:.1f} ms each; {flagged} at or above the threshold")
     return 1 if problems else 0
@@ -143,9 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     130 if Ctrl-C or SIGTERM stopped it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
+    usual, sys.unraisablehook = sys.unraisablehook, _repeat
     try:
-        with patch.object(sys, "unraisablehook", _repeat):
-            status = commands(argv, standalone_mode=False)
+        status = commands(argv, standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         print("\nstopped: the same command resumes", file=sys.stderr)
         status = 130
@@ -155,4 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         status = 2
+    finally:
+        sys.unraisablehook = usual
     sys.exit(status if isinstance(status, int) else 0)

@@ -1,5 +1,6 @@
 """A model as a tool: fitted to a person's own normal images, saved, loaded, scoring new ones."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,6 +56,10 @@ LEVELS = Run(
 PAINTED = (("square", "color"), ("heart", "natural"))  # half transparent, SIDE of the image's side
 SIDE = (0.07, 0.15)
 STRIDE = 16  # pixels between the patch model's windows, as between the places of LEVELS
+# Where the scores of new images cast doubt on the threshold:
+FEWEST = 20  # new images
+HIGHER = 0.7  # of the pairs of a new and a normal image below the threshold, the new one is higher
+ALL_ABOVE = 0.95  # of the new images
 FEW = 100  # normal images, below which every second one is held out instead of every fifth
 HELD = 200  # about so many are held out at most
 Images = Tensor | Sequence[str | Path]  # uint8 (N, 3, size, size), or files of any size
@@ -84,6 +89,30 @@ class Detector:
     def score(self, images: Images) -> Tensor:
         """Anomaly scores (N,) in float64; DataError has a line for each file that is no image."""
         return self.scorer.score(as_pixels(self.run, images))
+
+    def doubt(self, scores: Tensor) -> str:
+        """A line where the scores (N,) of new images say that the threshold may not hold, or "".
+
+        New images below the threshold are normal ones, or look like them. If the new images are
+        like those that the detector was fitted to, their scores lie where cross-validation saw
+        those of normal images. Higher scores are a sign of other light, position or camera, and so
+        are scores that nearly all lie above the threshold.
+        """
+        above = int((scores >= self.threshold).sum())
+        own, below = (x[x < self.threshold] for x in (self.normal, scores[scores.isfinite()]))
+        if len(scores) < FEWEST or not len(own):
+            return ""
+        higher, p = 0.0, 1.0
+        if len(below) >= FEWEST // 2:
+            test = mannwhitneyu(below, own, alternative="greater")
+            higher, p = test.statistic / (len(below) * len(own)), test.pvalue
+        if above < ALL_ABOVE * len(scores) and not (higher > HIGHER and p < 0.01):
+            return ""
+        return (
+            f"{above} of {len(scores)} images ({above / len(scores):.0%}) lie at or above the "
+            "threshold, and scores are higher than those of normal images in cross-validation: "
+            "light, position or camera may have changed, and the threshold may not hold."
+        )
 
     def maps(self, images: Images) -> Tensor:
         """Anomaly maps (N, size, size)."""
@@ -156,23 +185,68 @@ class Detector:
         )
 
 
+def own_images(good: str | Path, bad: str | Path = "") -> tuple[list[Path], list[Path], list[str]]:
+    """The normal images below ``good``, the anomalous ones below ``bad``, and what was left out.
+
+    An image below ``bad`` is never normal, though that folder may lie inside ``good``. A line
+    names each file that is no image. Raises DataError where no image of a folder can be read.
+    """
+    folders = [Path(folder).expanduser().resolve() for folder in (good, bad) if folder]
+    found, lines = [], []
+    for folder in folders:
+        _, images, problems = datasets.read_images(datasets.image_files(folder), 32)
+        lines += [*problems, *filter(None, [datasets.left_out(folder)])]
+        found.append(images)
+    normal, anomalous = found if bad else (*found, [])
+    inside = set(anomalous) & set(normal)
+    if inside:
+        lines.append(f"{folders[1]}: its {len(inside)} images are not taken as normal")
+    normal = [path for path in normal if path not in inside]
+    for folder, images in zip(folders, (normal, anomalous), strict=False):
+        if not images:
+            raise datasets.DataError(f"{folder}: no image that can be read; expected some")
+    return normal, anomalous, lines
+
+
+def best_detector(
+    runs: dict[str, Run],
+    normal: Images,
+    anomalous: Images = (),
+    *,
+    folder: str | Path,
+    places: Places,
+    choice: str = "",
+    quantile: float = 0.95,
+    deadline: float | None = None,
+) -> tuple[Detector, pd.DataFrame]:
+    """Compare the candidates, fit the recommended one or ``choice``, and save it in ``folder``.
+
+    Returns the detector and what ``compare`` found. Raises what ``compare`` and ``fit_detector``
+    raise.
+    """
+    table = compare(runs, normal, anomalous, places=places, deadline=deadline)
+    run = runs[choice or recommended(table)]
+    options = {"folder": folder, "quantile": quantile, "deadline": deadline}
+    return fit_detector(run, normal, anomalous, places=places, **options), table
+
+
 def fit_detector(
     run: Run,
     normal: Images,
     anomalous: Images = (),
     *,
     places: Places,
-    name: str = "own",
+    folder: str | Path | None = None,
     quantile: float = 0.95,
     deadline: float | None = None,
 ) -> Detector:
     """Train the run on normal images, fit its density, choose a threshold, save the detector.
 
-    It goes to ``results/detectors/<name>``. Training that was cut off (past ``deadline``, seconds
-    since the epoch, that is OutOfTime) resumes, and is not repeated for the same images. The
-    threshold comes from the normal images' scores under the density of the others (see
-    ``cross_validated``); the network has seen them all. Raises ValueError for fewer than two images
-    or, as DataError, a line for each that cannot be read.
+    It goes to ``folder``; a line says where that replaces a detector of other images. Training that
+    was cut off (past ``deadline``, seconds since the epoch, that is OutOfTime) resumes, and is not
+    repeated for the same images. The threshold comes from the normal images' scores under the
+    density of the others (see ``cross_validated``); the network has seen them all. Raises
+    ValueError for fewer than two images or, as DataError, a line for each that cannot be read.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"the quantile must lie between 0 and 1: {quantile}")
@@ -185,7 +259,12 @@ def fit_detector(
     own, other = cross_validated(run, z), scorer.score(anomalous)
     chosen = choose_threshold(own, other, quantile)
     detector = Detector(scorer, *chosen, own, other, sha256(normal))
-    detector.save(places.results / "detectors" / name)
+    if folder is not None:
+        with contextlib.suppress(*BROKEN):  # none is there, or none that could be used
+            stored = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+            if stored["images"] != detector.images:
+                print(f"{folder}: replaces a detector of other images")
+        detector.save(folder)
     return detector
 
 
@@ -348,9 +427,11 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def name_of(folder: str | Path) -> str:
-    """What a folder of normal images is of: ``sieve`` for ``.../sieve/train/good``."""
-    parts = Path(folder).expanduser().resolve().parts[1:]
-    return next((part for part in reversed(parts) if part.lower() not in GENERAL), "own")
+    """A name for the detector of a folder, of its whole path: "sieve-1f3a" for .../sieve/good."""
+    path = Path(folder).expanduser().resolve()
+    named = [part for part in path.parts[1:] if part.lower() not in GENERAL]
+    digest = hashlib.sha256(path.as_posix().encode()).hexdigest()
+    return "-".join([*named[-1:], digest[:4]])
 
 
 def as_pixels(run: Run, images: Images) -> Tensor:

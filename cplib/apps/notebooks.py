@@ -109,14 +109,15 @@ def _run_group(group: list[Path], workspace: Workspace, parameters: dict, jobs: 
 
 @contextmanager
 def stoppable_pool(jobs: int):
-    """Threads for notebooks; Ctrl-C or SIGTERM ends the kernels, and so them: KeyboardInterrupt."""
+    """Threads for notebooks; Ctrl-C or SIGTERM ends the kernels, then raises KeyboardInterrupt."""
     STOPPED.clear()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="notebook")
 
     def stop(*_):
         if not STOPPED:
-            STOPPED.append(threading.Thread(target=_end_kernels, args=[pool]))
-            STOPPED[0].start()
+            thread = threading.Thread(target=_end_kernels, args=[pool])
+            STOPPED.append(thread)
+            thread.start()
 
     heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heard}
@@ -206,7 +207,7 @@ def run_one(path: Path, results: Path, parameters: dict, progress: bool = False)
     try:
         papermill.execute_notebook(path, failed, parameters, coalesce_streams=True, **options)
     except Exception as error:
-        if STOPPED:
+        if STOPPED:  # it has not failed
             failed.unlink(missing_ok=True)
             raise
         if not isinstance(error, (papermill.PapermillExecutionError, RuntimeError)):
