@@ -57,6 +57,7 @@ fi
 # glibc would hand big blocks back to the system after each step, and fault them in again.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 export PYDEVD_DISABLE_FILE_VALIDATION=1 TQDM_MININTERVAL=5
+unset PYTHONDONTWRITEBYTECODE  # what is imported is compiled once
 
 if [[ "${1:-} ${2:-}" == "test --colab" ]]; then
     exec "$python" tests/colab/run.py "${@:3}"
