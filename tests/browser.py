@@ -124,7 +124,7 @@ def _tab(file: Path, seconds: float = 60) -> str:
     """The debugging address of the first tab, once Chromium has written its port to the file."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if file.exists() and (lines := file.read_text().split()):
+        if file.exists() and (lines := file.read_text(encoding="utf-8").split()):
             with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json/list") as answer:
                 tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
             if tabs:

@@ -108,7 +108,7 @@ def test_on_colab_a_notebook_opened_alone_brings_its_repository_once(origin, tmp
 
 
 def test_the_module_needs_nothing_that_colab_may_lack():
-    lines = Path(colab.__file__).read_text().splitlines()
+    lines = Path(colab.__file__).read_text(encoding="utf-8").splitlines()
     found = {x.split()[1].split(".")[0] for x in lines if x.startswith(("import ", "from "))}
     assert "subprocess" in found
     assert found <= sys.stdlib_module_names
@@ -183,7 +183,7 @@ def test_pip_is_told_to_leave_what_is_there(monkeypatch):
     calls = []
 
     def run(command, check):
-        constraints = Path(command[command.index("-c") + 1]).read_text().split()
+        constraints = Path(command[command.index("-c") + 1]).read_text(encoding="utf-8").split()
         calls.append((command[1:4], command[-1], constraints, check))
 
     monkeypatch.setattr(colab.subprocess, "run", run)

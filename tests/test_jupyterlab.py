@@ -91,7 +91,7 @@ def until_up(address: str, log: Path, seconds: float = 60) -> None:
         try:
             return urllib.request.urlopen(address).close()
         except OSError:
-            assert time.monotonic() < end, log.read_text()
+            assert time.monotonic() < end, log.read_text(encoding="utf-8")
             time.sleep(0.2)
 
 

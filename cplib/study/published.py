@@ -13,39 +13,50 @@ TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the
 ROW = ["method", "setting", "value"]  # what a row of a table is; the last two of Tables 7 and 8
 KEYS = [*ROW, "category", "metric"]
 PUBLISHED = ["published_mean", "published_stderr"]
-NAMES = {
-    "anomaly": "real anomaly",
-    "untrained": "untrained",
-    "pretrained": "ImageNet features",
-    "rotation": "Rotation",
-    "cutout": "Cutout",
-    "cutout_mean": "Cutout (mean)",
-    "cutout_color": "Cutout (random colour)",
-    "scar": "Scar",
-    "confetti": "Confetti",
-    "cutpaste": "CutPaste",
-    "cutpaste_scar": "CutPaste-scar",
-    "cutpaste_union": "Binary (union)",
-    "cutpaste_3way": "CutPaste-3way",
-    "pool_pretrained": "ImageNet, pooled",
-    "pool_finetuned": "finetuned, pooled",
-    "level7_pretrained": "ImageNet, level 7",
-    "level7_finetuned": "finetuned, level 7",
-    "cutpaste_3way_patch": "CutPaste-3way (patch)",
-    "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
-    "cutpaste_3way_patch_wide": "CutPaste-3way (patch, windows of crop size)",
-    "cutpaste_3way_patch_longer": "CutPaste-3way (patch, four times as long)",
-    "untrained_shared": "untrained (one Gaussian)",
-    "untrained_ensemble": "untrained, ensemble",
-    "one": "one Gaussian",
-    "mixture": "mixture",
-    "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
-    "ensemble": "Ensemble",
-    "docc": "DOCC (quoted)",
-    "u_student": "U-Student (quoted)",
-    "p_svdd": "P-SVDD (quoted)",
-    "fcdd": "FCDD (quoted)",
-}
+
+
+class Names(dict):
+    """Words for methods and the like; a name without words of its own is read as it is."""
+
+    def __missing__(self, name: str) -> str:
+        return name.replace("_", " ")
+
+
+NAMES = Names(
+    {
+        "anomaly": "real anomaly",
+        "untrained": "untrained",
+        "pretrained": "ImageNet features",
+        "rotation": "Rotation",
+        "cutout": "Cutout",
+        "cutout_mean": "Cutout (mean)",
+        "cutout_color": "Cutout (random colour)",
+        "scar": "Scar",
+        "confetti": "Confetti",
+        "cutpaste": "CutPaste",
+        "cutpaste_scar": "CutPaste-scar",
+        "cutpaste_union": "Binary (union)",
+        "cutpaste_3way": "CutPaste-3way",
+        "pool_pretrained": "ImageNet, pooled",
+        "pool_finetuned": "finetuned, pooled",
+        "level7_pretrained": "ImageNet, level 7",
+        "level7_finetuned": "finetuned, level 7",
+        "cutpaste_3way_patch": "CutPaste-3way (patch)",
+        "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
+        "cutpaste_3way_patch_wide": "CutPaste-3way (patch, windows of crop size)",
+        "cutpaste_3way_patch_longer": "CutPaste-3way (patch, four times as long)",
+        "untrained_shared": "untrained (one Gaussian)",
+        "untrained_ensemble": "untrained, ensemble",
+        "one": "one Gaussian",
+        "mixture": "mixture",
+        "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
+        "ensemble": "Ensemble",
+        "docc": "DOCC (quoted)",
+        "u_student": "U-Student (quoted)",
+        "p_svdd": "P-SVDD (quoted)",
+        "fcdd": "FCDD (quoted)",
+    }
+)
 METRIC_NAMES = {
     "image_auroc": "image AUROC",
     "image_ap": "image average precision",

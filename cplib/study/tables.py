@@ -21,6 +21,7 @@ from cplib.score import Scorer
 from cplib.study import store
 from cplib.study.profiles import METHOD, TABLE1, Profile
 from cplib.study.published import NAMES, ROW, against_paper, save_table
+from cplib.study.published import TABLES as PAPER
 from cplib.study.sweep import Workspace, pixel_level_metrics, stored_seeds
 from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 
@@ -132,7 +133,7 @@ def complete(workspace: Workspace, runs: list[Run], notebook: str) -> None:
 def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
     """The tidy table (``published.COLUMNS``), ours beside the paper's; saved, too."""
     table = TABLES[name]
-    paper = datasets.DATASETS[workspace.profile.dataset].published and name != "unstated_choices"
+    paper = datasets.DATASETS[workspace.profile.dataset].published and name in PAPER
     rows = [tuple(row) for row in table.rows(workspace.profile)]
     tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
     parts = (
