@@ -1,5 +1,11 @@
-"""``python -m cplib``: the command line."""
+"""``python -m cplib``: the command line of ``cplib.apps.cli``."""
 
-from cplib.apps.cli import main
+import sys
 
-main()
+try:
+    from cplib.apps.cli import main
+
+    main()
+except KeyboardInterrupt:  # before or after ``main`` listens
+    print("\nstopped: the same command resumes", file=sys.stderr)
+    sys.exit(130)
