@@ -501,6 +501,7 @@ def test_own_folders_make_a_detector_and_what_is_wrong_with_them_is_said(
     said = "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
     assert f"{good / 'broken.png'}: " in said
     assert "left out, no images by their names: 1 (.heic)" in said
+    assert "2 candidates to compare" in said  # what CutPaste trains is asked for
     folder = results / "detectors" / name_of(good)
     detector = Detector.load(folder)
     assert detector.run.dataset == "own"

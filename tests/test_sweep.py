@@ -526,6 +526,18 @@ def test_a_run_counts_for_its_images_and_another_ones_folder_is_replaced_when_fi
     assert left_behind(copied.results) == []
 
 
+def test_folders_are_listed_once_however_many_runs_are_planned(copied, monkeypatch):
+    listed, iterdir = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: (listed.append(path), iterdir(path))[1])
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: listed.append(path) or iter(()))
+    places, counts = copied._replace(data=None), []
+    for planned in (RUNS[:1], RUNS):
+        listed.clear()
+        assert execute_all(planned, places) == []
+        counts.append(len(listed))
+    assert counts[0] == counts[1] < 5
+
+
 def test_runs_of_categories_that_the_data_lack_count(copied):
     other = shutil.copytree(copied.data, copied.results.parent / "other")
     shutil.rmtree(other / "sieve")
