@@ -81,7 +81,7 @@ class Workspace:
         return [
             run
             for run in stock(planned, self.places).todo
-            if run.category in self.categories and run.seed < (self.seeds or run.seed + 1)
+            if run.category in self.categories and (not self.seeds or run.seed < self.seeds)
         ]
 
     def finished(self, planned: list[Run]) -> list[Run]:
