@@ -34,11 +34,12 @@ def cell_of(address):
 def test_every_notebook_has_the_badge_and_the_cell_of_the_repositorys_address():
     browser, path = "(https://colab.research.google.com/github", "blob/main/notebooks/00_a.ipynb"
     assert colab.badge(ADDRESS, "00_a.ipynb").endswith(f"{browser}/someone/something/{path})")
-    assert colab.badge("", "00_a.ipynb").endswith(f"{browser})")
+    assert colab.badge("", "00_a.ipynb") == ""
     assert len(NOTEBOOKS) == 13
     address = colab.repository(ROOT)
     for path in NOTEBOOKS:
-        assert colab.badge(address, path.name) in first(path, "markdown").splitlines()
+        badges = [x for x in first(path, "markdown").splitlines() if "colab-badge" in x]
+        assert badges == [colab.badge(address, path.name)][: bool(address)]
         assert first(path, "code") == cell_of(address)
 
 
@@ -46,14 +47,13 @@ def test_one_address_marks_a_notebook_and_what_cannot_be_marked_is_refused(tmp_p
     (tmp_path / "notebooks").mkdir()
     copy, settings = tmp_path / "notebooks" / NOTEBOOKS[0].name, tmp_path / "pyproject.toml"
     copy.write_text(NOTEBOOKS[0].read_text())
-    settings.write_text(f'[tool.cplib]\nrepository = "{ADDRESS}"\n')
-    before = first(copy, "markdown").splitlines()
-    for _ in range(2):  # the second time nothing changes
+    title, *rest = [x for x in first(copy, "markdown").split("\n\n") if "colab-badge" not in x]
+    for address in ("", ADDRESS, ADDRESS, ""):  # anew, again, taken away
+        settings.write_text(f'[tool.cplib]\nrepository = "{address}"\n')
         colab.write_badges(tmp_path)
-        badge = colab.badge(ADDRESS, copy.name)
-        after = [badge if "badge" in line else line for line in before]
-        assert first(copy, "markdown").splitlines() == after
-        assert first(copy, "code") == cell_of(ADDRESS)
+        parts = [title, colab.badge(address, copy.name), *rest]
+        assert first(copy, "markdown") == "\n\n".join(filter(None, parts))
+        assert first(copy, "code") == cell_of(address)
     copy.write_text(copy.read_text().replace("On Colab only", "import this"))
     with pytest.raises(ValueError, match=copy.name):
         colab.write_badges(tmp_path)
@@ -75,7 +75,7 @@ def test_elsewhere_the_cell_does_nothing(capfd, tmp_path, monkeypatch):
 def origin(tmp_path_factory):
     """The address of a repository whose cplib.apps.colab only says that it was called."""
     root = tmp_path_factory.mktemp("origin")
-    says = "import os\ndef start(keep): print('start', keep, os.path.basename(os.getcwd()))\n"
+    says = "def start(keep): print('start', keep, __file__.split('/')[-4])\n"
     for name in ("notebooks/00_a.ipynb", "cplib/__init__.py", "cplib/apps/__init__.py"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
@@ -96,15 +96,35 @@ def on_colab(cell, folder, answer=""):
 
 
 def test_on_colab_a_notebook_opened_alone_brings_its_repository_once(origin, tmp_path):
-    (tmp_path / "unset").mkdir()  # without an address it is asked for
-    printed = on_colab(cell_of(""), tmp_path / "unset", answer=f"{origin}\n")
-    assert printed == "Address of the repository: start True notebooks\n"
     cell = cell_of(origin).replace("keep_on_drive = True", "keep_on_drive = False")
-    assert on_colab(f"{cell}\n{cell}", tmp_path) == 2 * "start False notebooks\n"
+    assert on_colab(f"{cell}\n{cell}", tmp_path) == 2 * "start False cutpaste\n"
     inside = tmp_path / "cutpaste" / "notebooks"
     for folder in (tmp_path, inside):  # another notebook, and one in its repository
-        assert on_colab(cell_of("file:///nowhere"), folder) == "start True notebooks\n"
+        assert on_colab(cell_of("file:///nowhere"), folder) == "start True cutpaste\n"
     assert [path.name for path in inside.iterdir()] == ["00_a.ipynb"]
+    assert not (tmp_path / "drive").exists()  # with an address it is not needed
+
+
+@pytest.mark.parametrize("top", ["cutpaste", "name-main"])
+def test_without_an_address_an_archive_on_drive_will_do(origin, tmp_path, top):
+    archive = tmp_path / "drive" / "MyDrive" / "cutpaste.zip"
+    archive.parent.mkdir(parents=True)
+    command = ["git", "archive", "--format=zip", f"--prefix={top}/", "-o", str(archive), "HEAD"]
+    subprocess.run(command, cwd=origin.removeprefix("file://"), check=True)
+    cell = cell_of("")
+    assert on_colab(f"{cell}\n{cell}", tmp_path) == 2 * f"start True {top}\n"
+    archive.unlink()  # once is enough
+    for folder in (tmp_path, tmp_path / top / "notebooks"):
+        assert on_colab(cell, folder) == f"start True {top}\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"drive", top}
+
+
+@pytest.mark.parametrize("mounts", [True, False])
+def test_without_an_address_and_an_archive_the_address_is_asked_for(origin, tmp_path, mounts):
+    if not mounts:
+        (tmp_path / "drive").touch()  # in the place of the stand-in's folder
+    printed = on_colab(cell_of(""), tmp_path, answer=f"{origin}\n")
+    assert printed == "Repository's address: start True cutpaste\n"
 
 
 def test_the_module_needs_nothing_that_colab_may_lack():
@@ -124,6 +144,7 @@ def drive(tmp_path, monkeypatch):
     module = SimpleNamespace(drive=SimpleNamespace(mount=mounted.append))
     monkeypatch.setitem(sys.modules, "google.colab", module)
     monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(colab, "install", lambda missing, pins: None)
     return mounted
 
@@ -139,6 +160,7 @@ def test_on_drive_a_workspace_has_one_category_and_resumes_in_another_session(
     assert workspace.results == kept / "smoke"
     assert workspace.categories == ("brick",)
     assert os.environ["PYTHONPATH"] == str(ROOT)
+    assert Path.cwd() == ROOT / "notebooks"
     assert open_workspace("smoke", str(demo_root), "brick,sieve").categories == ("brick", "sieve")
 
 

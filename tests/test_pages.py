@@ -1,6 +1,5 @@
 """The pages of a results folder: its README and its notebooks, to be read without a network."""
 
-import json
 import os
 
 import nbformat
@@ -9,8 +8,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from cplib.apps import pages
-from cplib.apps.pages import filled_readme, write_pages
+from cplib.apps.pages import write_pages
 from cplib.study.claims import save_claims, verdicts
 from cplib.study.profiles import PROFILES
 from cplib.study.published import against_paper, save_table
@@ -35,18 +33,18 @@ def results(tmp_path):
     save_claims(verdicts({}), workspace)
     for name in ("figures", "notebooks"):
         (folder / name).mkdir()
-    (folder / "figures" / "03_curve.png").write_bytes(b"")
-    (folder / "minutes.json").write_text(json.dumps({NOTEBOOKS[0]: 1.5}))
-    rows = [("tile", "places", 1, 90, 5), ("pill", "places", 0, 80, 5), ("pill", "one", 1, 70, 7)]
-    columns = ["category", "candidate", "recommended", "image_auroc", "ms_an_image"]
-    own = pd.DataFrame(rows, columns=columns)
-    own.to_csv(folder / "tables" / "own_images.csv", index=False)
+    for name in ("03_curve_b", "03_curve_a", "03_before", "04_pipeline", "03_left_over"):
+        (folder / "figures" / f"{name}.png").write_bytes(b"")
     output = new_output("execute_result", {"text/html": "<table><td>91</td></table>"})
+    badge = "[![Badge](https://example.org/badge.svg)](https://example.org)"
     first = new_markdown_cell(
-        "# A title, $a^2$\n\n$$\\frac{a}{b}$$\n\n*Expect*: a fraction. [next](04_next.ipynb)"
+        f"# A title, $a^2$\n\n{badge}\n\n$$\\frac{{a}}{{b}}$$\n\n"
+        "*Expect*: a fraction. [next](04_next.ipynb)"
     )
     hidden = new_code_cell("import plumbing", metadata={"tags": ["hide-input"]})
     cells = [first, hidden, new_code_cell("table", outputs=[output])]
+    cells += [new_markdown_cell("A heading.\n\nTwo curves. And more:")]
+    cells += [new_code_cell('save(fig, f"03_curve_{x}")'), new_code_cell('save(fig, "03_before")')]
     for name in (*NOTEBOOKS, "04_pixel_level_table.failed"):
         nbformat.write(new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
     return folder
@@ -55,13 +53,16 @@ def results(tmp_path):
 def test_the_overview_has_findings_first_then_each_notebooks_tables_and_figures(results):
     index = write_pages(results)
     text = (results / "README.md").read_text()
-    assert text.startswith("# Profile quick\n\n## Findings\n")
-    assert "**Pixel-level AUROC of CutPaste-3way (patch): 77.8 %**" in text
-    assert "| quick | 0 |" in text
+    assert text.startswith("[← README](../../README.md)\n\n# CutPaste: MVTec AD,")
+    assert text.index("(../quick/figures/04_pipeline.png)") < text.index("## Findings\n")
+    assert "**CutPaste-3way (patch): 77.8 % pixel AUROC**" in text
+    assert "| claims | 0 |" in text
     start = "## [A title, $a^2$](notebooks/"
     image, finetuned = text.split(f"{start}03")[1].split(f"\n{start}05")
     assert "91.0 (99.2±0.2)" in image  # CutPaste's bottle
-    assert image.index("### Table 1: image level") < image.index("![Curve](figures/03_curve.png)")
+    order = ("### Table 1: image level", "curve_a.png", "curve_b.png", "before.png")
+    assert sorted(order, key=image.index) == list(order)  # as in the notebook, after its tables
+    assert image.count("*Two curves.*") == 3 and "left_over" not in text
     assert "Not measured." in finetuned
     assert "notebooks/04" not in text  # failed
     page = BeautifulSoup(index.read_text(), "html.parser")
@@ -83,9 +84,11 @@ def test_every_notebook_has_a_page_that_opens_without_a_network(results):
         assert not [part for part in styles.split("url(")[1:] if part.lstrip("\"'")[:4] == "http"]
         assert "@import" not in styles
         assert page.select_one("h1").get_text().startswith("A title")
+        assert not page.select('img[src^="http"]')
         assert page.select_one("td").get_text() == "91"
         assert page.select_one("img.math")["src"].startswith("data:image/svg+xml")
         assert page.select_one('a[href="04_next.html"]')
+        assert page.select_one('a[href="../index.html"]')
         assert "plumbing" not in page.body.get_text()
 
 
@@ -99,28 +102,3 @@ def test_a_page_is_made_again_only_when_its_notebook_is_newer(results):
     os.utime(notebook, ns=(page.stat().st_mtime_ns + 1,) * 2)
     write_pages(results)
     assert "A title" in page.read_text()
-
-
-def test_the_projects_readme_is_filled_between_its_markers_only(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    for name in ("demo", "long"):
-        (tmp_path / "results" / name).symlink_to(results)
-    (tmp_path / "notebooks").symlink_to(results / "notebooks")
-    names = ("results", "table1", "long", "table2", "claims", "minutes", "own")
-    parts = [f"<!-- {name} begin -->\nstale\n<!-- {name} end -->\n" for name in names]
-    (tmp_path / "README.md").write_text("before\n" + "between\n".join(parts) + "after\n")
-    text = filled_readme()
-    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    found, image, _, pixel, claims, minutes, own = (
-        text.split(f"<!-- {name} ")[1] for name in names
-    )
-    assert "| image AUROC, % | bottle | average all |" in image
-    assert "- `quick`: **Pixel-level AUROC of CutPaste-3way (patch): 77.8 %**" in found
-    assert "| CutPaste | 91.0 (99.2±0.2) | (90.9±0.7) |" in image
-    assert "| pixel AUROC, % |" in pixel and "77.8 (" in pixel
-    assert "| quick | 0 | 0 | 0 | 0 |" in claims
-    name = NOTEBOOKS[0]
-    assert "| places | 90.0 | 80.0 | 85.0 | 5.0 |" in own
-    assert "| **recommended** | 90.0 | 70.0 | 80.0 | 6.0 |" in own
-    line = f"| [A title, $a^2$](results/demo/notebooks/{name}.ipynb) | a fraction | 1.5 |"
-    assert line in minutes

@@ -217,9 +217,9 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     ours = cell(table, "cutpaste_3way", "bottle")
     said = f"{ours['mean']:.1f}±{ours['stderr']:.1f} (98.3±{ours['published_stderr']:.1f})"
     assert grid.loc["CutPaste-3way", "bottle"] == said
-    assert grid.loc["untrained", "bottle"] == f"{runs['image_auroc'].iloc[0]:.1f}"
+    assert grid.loc["random network", "bottle"] == f"{runs['image_auroc'].iloc[0]:.1f}"
     assert "screw" not in grid  # not measured
-    assert grid.loc["untrained", "average all"] == ""
+    assert grid.loc["random network", "average all"] == ""
     rows = wide(published(T7).assign(mean=None, stderr=None))
     assert rows.index[1] == "learning rate 1"
     lines = study.markdown(grid).splitlines()

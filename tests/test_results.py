@@ -2,11 +2,13 @@
 
 import re
 
+import pandas as pd
 import pytest
 from PIL import Image
 
-from cplib.apps import pages
+from cplib.apps import pages, readme
 from cplib.apps.workspace import ROOT
+from cplib.study import figures
 from cplib.study.claims import measured, save_claims, verdicts
 from cplib.study.profiles import PROFILES
 from cplib.study.store import Places
@@ -54,13 +56,43 @@ def test_categories_with_other_images_are_empty_and_all_others_are_shown(tmp_pat
 def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
     results = ROOT / "results" / name
     text = (results / "README.md").read_text(encoding="utf-8")
-    assert pages.overview(results) == text
-    for link in re.findall(r"\]\(((?:notebooks|figures)/[^)]+)\)", text):
-        assert (results / link).exists(), link
+    assert text.endswith(pages.overview(results))
+    broken = [x for x in re.findall(r"\]\(([^):]+)\)", text) if not (results / x).exists()]
+    assert not broken
 
 
-def test_the_readmes_tables_are_those_of_the_results():
-    assert pages.filled_readme() == (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBERS = "3.11 7 6 5 20 50 256 5.3 10.6 4.0 10,000 66.7 64 256x256 2021 12 18 1 2 3 4"
+)
+
+
+def test_every_number_of_the_readme_is_looked_up_in_the_records():
+    template = readme.TEMPLATE.read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(template) == text
+    assert len(text.splitlines()) <= 160
+    by_hand = re.sub(r"\{\{.+?\}\}|```.+?```|\]\(.+?\)|`.+?`", "", template, flags=re.DOTALL)
+    assert {*re.findall(r"(?<![\w])\d[\d.,x]*\d|\b\d\b", by_hand)} <= {*NUMBERS.split()}
+
+
+def test_the_documentations_links_lead_somewhere():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/[a-z]*.md")):
+        links = re.findall(r"\]\(([^):#]+)\)", page.read_text(encoding="utf-8"))
+        assert not [x for x in links if not (page.parent / x).exists()], page
+
+
+def test_the_results_figure_shows_the_numbers_of_table_1():
+    table = pd.read_csv(ROOT / "results" / "quick" / "tables" / "table1_image_level.csv")
+    axes = figures.every_category(table).axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    columns = {"paper": "published_mean", "ours": "mean", "features": "mean", "network": "mean"}
+    methods = ("cutpaste_3way", "cutpaste_3way", "pretrained", "untrained")
+    cells = table[table["metric"] == "image_auroc"].set_index(["method", "category"])
+    marks = [line for line in axes.lines if line.get_label().split()[-1] in columns]
+    assert len(marks) == 4 and names[-1] == "mean"
+    for line, method in zip(marks, methods, strict=True):
+        column = columns[line.get_label().split()[-1]]
+        expected = cells.loc[method].loc[names[:-1], column]
+        assert line.get_ydata() == pytest.approx([*expected, expected.mean()])
 
 
 REAL = ROOT.parent / "shared" / "mvtec256"

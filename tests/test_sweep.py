@@ -219,6 +219,9 @@ def test_the_commit_is_dirty_where_the_code_was_edited_alone(tmp_path, monkeypat
         (tmp_path / edited).parent.mkdir(exist_ok=True)
         (tmp_path / edited).touch()
     assert store.git_commit().endswith("-dirty") == (edited == "cplib/y.py")
+    monkeypatch.setattr(store, "__file__", str(there.parent / "a" / "cplib" / "store.py"))
+    assert store.git_commit() is None  # an archive unpacked in another repository
+    monkeypatch.setattr(store, "__file__", str(there))
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert store.git_commit() is None
 

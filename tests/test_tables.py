@@ -278,7 +278,7 @@ def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_p
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
     caption = captioned(workspace, "table1_image_level")
-    assert caption.endswith("scored in fp32, seeds: 1 (untrained), 1 to 2 (CutPaste-3way).")
+    assert caption.endswith("scored in fp32, seeds: 1 (random network), 1 to 2 (CutPaste-3way).")
     values = workspace.collect(planned(workspace, "table1_image_level"))
     untrained = values[values["method"] == "untrained"]
     assert "nothing was trained" in tables.caption(workspace, "table1_image_level", untrained)

@@ -153,12 +153,13 @@ def pages(profile) -> None:
 
 @commands.command()
 def maintain() -> None:
-    """Write README's tables, and the notebooks' Colab badges, from results and pyproject.toml."""
-    from cplib.apps import colab, pages
+    """Write README.md, results' pages and the notebooks' Colab badges from what they come from."""
+    from cplib.apps import colab, readme
     from cplib.apps.workspace import ROOT
     from cplib.datasets import write_text
 
-    write_text(ROOT / "README.md", pages.filled_readme())
+    text = readme.TEMPLATE.read_text(encoding="utf-8")
+    write_text(ROOT / "README.md", readme.filled(text))
     colab.write_badges()
 
 

@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CELL = Path(__file__).with_name("colab_cell.txt")
 COLAB = "https://colab.research.google.com"
 IMAGE = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]"
-DRIVE = ROOT.parent / "drive"  # a clone in /content has it where Colab's own examples do
+DRIVE = ROOT.parent / "drive"  # /content/drive: as in the first cell, and Colab's own examples
 TORCH = ("torch", "torchvision")  # Colab's, made for its GPUs
 HEADLESS = ("jupyterlab", "papermill", "nbconvert")  # for run_all.sh, not for a notebook
 
 
 def start(keep: bool) -> None:
     """Make a notebook run here: packages, one category by default, and Drive if asked to keep."""
+    os.chdir(ROOT / "notebooks")
     install(*requirements())
     os.environ.setdefault("CPLIB_MAX_CATEGORIES", "1")  # minutes, not hours
     few = os.environ["CPLIB_MAX_CATEGORIES"]
@@ -98,17 +99,17 @@ def repository(root: Path) -> str:
 
 
 def badge(address: str, name: str) -> str:
-    """Markdown that opens a notebook on Colab; without an address Colab's GitHub browser opens."""
+    """Markdown that opens a notebook on Colab; nothing without an address."""
     path = address.removeprefix("https://github.com")
-    return f"{IMAGE}({COLAB}/github{f'{path}/blob/main/notebooks/{name}' if path else ''})"
+    return path and f"{IMAGE}({COLAB}/github{path}/blob/main/notebooks/{name})"
 
 
 def mark(notebook, address: str, name: str) -> None:
     """Put the badge below the title and the Colab cell in its place, instead of older ones."""
     title = next(cell for cell in notebook.cells if cell.cell_type == "markdown")
     lines = [line for line in title.source.splitlines() if not line.startswith(IMAGE)]
-    first, rest = lines[0], "\n".join(lines[1:]).strip()
-    title.source = f"{first}\n\n{badge(address, name)}\n\n{rest}".strip()
+    parts = [lines[0], badge(address, name), "\n".join(lines[1:]).strip()]
+    title.source = "\n\n".join(filter(None, parts))
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
     code = CELL.read_text(encoding="utf-8").strip()
     if not cell.source.startswith(code.split(":")[0]):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -204,3 +205,130 @@ def class_rows(x: Tensor, methods: tuple[str, ...], options: dict) -> dict[str, 
             label = NAMES[method] if len(classes) == 1 else f"{NAMES[method]}:\n{NAMES[name]}"
             rows[label] = list(part)
     return rows
+
+
+def every_category(table) -> Figure:
+    """Table 1 at a glance: a mark for each method of ``SUMMARY`` in each category and on average.
+
+    ``table`` is Table 1, tidy. The last column is the mean of the categories to its left. The
+    paper's CutPaste-3way stands where the paper has numbers for these categories.
+    """
+    points = summary(table)
+    fig, ax = plt.subplots(figsize=(11, 4.4))
+    places = {name: i for i, name in enumerate(dict.fromkeys(points["category"]))}
+    for shift, (label, (_, _, look)) in zip(
+        np.linspace(-0.2, 0.2, 4), SUMMARY.items(), strict=True
+    ):
+        part = points[points["label"] == label]
+        if len(part):
+            x = [places[name] + shift for name in part["category"]]
+            ax.plot(x, part["value"], ls="", ms=12, mew=2, label=label, clip_on=False, **look)
+    ax.set_xticks(range(len(places)), [name.replace("_", " ") for name in places], fontsize=14)
+    ax.axvline(len(places) - 1.5, color="0.6", lw=1)
+    ax.axhline(50, color="0.5", lw=1, ls="--")
+    ax.text(len(places) - 0.5, 50.5, "chance", color="0.4", fontsize=13, ha="right", va="bottom")
+    ax.set(ylim=(min(48, points["value"].min() - 2), 101), xlim=(-0.5, len(places) - 0.5))
+    ax.set_ylabel("image AUROC, %", fontsize=14)
+    ax.tick_params(axis="y", labelsize=14)
+    ax.grid(False, axis="x")
+    fig.legend(loc="outside upper center", ncols=4, fontsize=13, frameon=False)
+    return fig
+
+
+SUMMARY = {  # label: method, whose number, how it is drawn
+    "CutPaste-3way, the paper": (
+        *("cutpaste_3way", "published_mean"),
+        {"marker": "D", "mfc": "white", "mec": "black"},
+    ),
+    "CutPaste-3way, ours": (*("cutpaste_3way", "mean"), {"marker": "o", "color": "C0"}),
+    "ImageNet features": (*("pretrained", "mean"), {"marker": "s", "color": "0.35"}),
+    "random network": (*("untrained", "mean"), {"marker": "X", "color": "0.65"}),
+}
+
+
+def summary(table):
+    """The points of ``every_category``: label, category, value in percent.
+
+    Categories are those that we measured with CutPaste-3way. "mean" averages a label's numbers and
+    is there only where the label has one in every category.
+    """
+    cells = table[(table["metric"] == "image_auroc") & ~table["category"].str.startswith("average")]
+    ours = cells[(cells["method"] == "cutpaste_3way") & cells["mean"].notna()]["category"]
+    parts = []
+    for label, (method, column, _) in SUMMARY.items():
+        part = cells[(cells["method"] == method) & cells["category"].isin(ours)]
+        part = part[["category", column]].rename(columns={column: "value"}).dropna()
+        if 0 < len(part) == len(ours):
+            mean = {"category": "mean", "value": part["value"].mean()}
+            part = pd.concat([part, pd.DataFrame([mean])])
+        parts.append(part.assign(label=label))
+    return pd.concat(parts, ignore_index=True)
+
+
+def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
+    """The method in one picture: training above, scoring below.
+
+    ``normal``, ``scar`` and ``image`` are (3, H, W), in [0, 1] or uint8: a training image, its
+    CutPaste-scar copy and a test image. ``heat`` is the test image under its anomaly map
+    (H, W, 3), ``windows`` the scores of its windows (rows, columns), ``scores`` the image-level
+    scores of normal test images, of anomalous ones, and of this one.
+    """
+    side = normal.shape[-1]
+    size, cut, paste = (round(side * share) for share in (0.3, 0.12, 0.55))
+    pasted = normal.clone()
+    left, right = slice(cut, cut + size), slice(paste, paste + size)
+    pasted[:, left, right] = normal[:, right, left]
+    fig = plt.figure(figsize=(11.1, 4.6))
+    fig.set_layout_engine("none")
+
+    def panel(column: int, row: int, title: str, picture=None, *, arrow: bool = True) -> Axes:
+        ax = fig.add_axes((0.035 + column * 0.163, 0.53 - 0.49 * row, 0.136, 0.37))
+        ax.set(xticks=[], yticks=[], box_aspect=1)
+        ax.set_title(title, fontsize=14, pad=5)
+        if picture is None:
+            ax.set_facecolor("0.94")
+        else:
+            ax.imshow(picture.permute(1, 2, 0) if len(picture) == 3 else picture)
+        if arrow:
+            style = {"arrowstyle": "-|>", "lw": 1.8, "color": "0.25", "mutation_scale": 16}
+            ends = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
+            ax.annotate("", (1.19, 0.5), (1.01, 0.5), arrowprops=style, **ends)
+        return ax
+
+    def say(ax: Axes, x: float, y: float, text: str, **look) -> None:
+        ax.text(x, y, text, fontsize=14, ha="center", va="center", transform=ax.transAxes, **look)
+
+    def outline(ax: Axes, x: int, y: int) -> None:
+        ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, ec="white", lw=2))
+
+    panel(0, 0, "normal image", normal)
+    outline(panel(1, 0, "cut a patch", normal), cut, paste)
+    outline(panel(2, 0, "paste it", pasted, arrow=False), paste, cut)
+    panel(3, 0, "or a thin scar", scar)
+    say(panel(4, 0, "train"), 0.5, 0.5, "network")
+    say(panel(5, 0, "which of three?", arrow=False), 0.5, 0.5, "normal\npatch\nscar")
+    panel(0, 1, "new image", image)
+    say(panel(1, 1, "features"), 0.5, 0.5, "same\nnetwork")
+    ax = panel(2, 1, "", arrow=False)
+    ax.set(position=(0.361, 0.04, 0.299, 0.37), box_aspect=None, facecolor="white")
+    ax.set_title("distance from normal = score", fontsize=14, pad=5)
+    good, bad, this = (np.log10(np.atleast_1d(s)) for s in scores)
+    ends = np.percentile([*good, *bad, *this], (0, 100))
+    for values, colour, name, height in (
+        (good, "C0", "normal", 0.92),
+        (bad, "C3", "defects", 0.78),
+    ):
+        ax.hist(values, np.linspace(*ends, 30), color=colour, alpha=0.7)
+        x = (np.median(values) - ends[0]) / np.ptp(ends)
+        say(ax, np.clip(x, 0.14, 0.86), height, name, color=colour, weight="bold")
+    ax.axvline(this[0], color="black", lw=2, ls="--")
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    say(ax, np.clip((this[0] - ends[0]) / np.ptp(ends), 0.1, 0.86), 0.6, "new image", bbox=white)
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
+    ax.grid(False)
+    panel(4, 1, "for each window", windows)
+    panel(5, 1, "anomaly map", heat, arrow=False)
+    look = {"fontsize": 15, "weight": "bold", "rotation": 90, "va": "center", "ha": "center"}
+    fig.text(0.012, 0.71, "training", **look)
+    fig.text(0.012, 0.22, "scoring", **look)
+    return fig

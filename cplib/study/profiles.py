@@ -58,6 +58,7 @@ class Profile:
     """A named set of runs: which categories, methods and seeds, under which protocol."""
 
     name: str
+    about: str  # what is measured, in words for a title
     dataset: str
     small: bool = False  # a notebook may execute what it finds missing: minutes on any machine
     seeds: int  # of cutpaste_3way, the method that the ensemble is made of

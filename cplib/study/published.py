@@ -25,7 +25,7 @@ class Names(dict):
 NAMES = Names(
     {
         "anomaly": "real anomaly",
-        "untrained": "untrained",
+        "untrained": "random network",
         "pretrained": "ImageNet features",
         "rotation": "Rotation",
         "cutout": "Cutout",
@@ -45,8 +45,8 @@ NAMES = Names(
         "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
         "cutpaste_3way_patch_wide": "CutPaste-3way (patch, windows of crop size)",
         "cutpaste_3way_patch_longer": "CutPaste-3way (patch, four times as long)",
-        "untrained_shared": "untrained (one Gaussian)",
-        "untrained_ensemble": "untrained, ensemble",
+        "untrained_shared": "random network (one Gaussian)",
+        "untrained_ensemble": "random networks, ensemble",
         "one": "one Gaussian",
         "mixture": "mixture",
         "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
@@ -231,7 +231,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
         measured -= {*AVERAGES}
     columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
-    grid = grid.rename(columns={"average_measured": "average of these"})
+    grid = grid.rename(columns={"average_measured": "average of the measured"})
     grid = grid.rename(columns=lambda name: name.replace("_", " "))
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 

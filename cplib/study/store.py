@@ -164,7 +164,7 @@ def counts(images: dict, size: tuple[int, int]) -> dict:
 
 def git_commit() -> str | None:
     """The commit of the code that runs, "-dirty" if cplib was edited; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
+    git = ["git", "-C", str(Path(__file__).parents[2]), "--git-dir=.git"]  # of no folder above
     edited = [*git, "status", "--porcelain", "--", "cplib", "pyproject.toml"]
     try:
         commit, changes = (

@@ -1,12 +1,13 @@
 """Run every notebook alone, as on Colab: ``./run_all.sh test --colab [NN,NN]`` calls this.
 
 It runs in an environment with Colab's versions, each notebook as its only file in a folder, with a
-stand-in for google.colab: the first cell clones the last commit, installs what is missing and keeps
-the runs on a folder that stands for Drive. Exit status 1 if a notebook fails or writes to stderr,
-or if the cell changed what was installed.
+stand-in for google.colab and a folder for Drive: the first cell unpacks an archive of the last
+commit from there, installs what is missing and keeps the runs there. Exit status 1 if a notebook
+fails or writes to stderr, or if the cell changed what was installed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,13 +30,10 @@ def installed() -> dict[str, str]:
 
 
 def prepared(path: Path) -> nbformat.NotebookNode:
-    """The notebook with this repository's address, and the smoke profile among its parameters."""
+    """The notebook without the repository's address, and the smoke profile for a parameter."""
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    lines = code[0].source.splitlines()
-    places = [i for i, line in enumerate(lines) if line.strip().startswith("repository = ")]
-    lines[places[0]] = f'    repository = "{ROOT.as_uri()}"'
-    code[0].source = "\n".join(lines)
+    code[0].source = re.sub('repository = ".*?"', 'repository = ""', code[0].source)
     parameters = next(c for c in code if "parameters" in c.metadata.get("tags", []))
     parameters.source += '\nprofile = "smoke"'
     return notebook
@@ -62,6 +60,10 @@ def main(only: str = "") -> int:
         print(f"error: no notebook {only}", file=sys.stderr)
         return 2
     content = Path(tempfile.mkdtemp(prefix="cplib-colab-"))
+    archive = content / "drive" / "MyDrive" / "cutpaste.zip"
+    archive.parent.mkdir(parents=True)
+    command = ["git", "archive", "--format=zip", "--prefix=cutpaste/", "-o", str(archive), "HEAD"]
+    subprocess.run(command, cwd=ROOT, check=True)
     os.environ |= {"PYTHONPATH": str(HERE), "TQDM_MININTERVAL": "5"}
     os.environ |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     before, failed = installed(), []
