@@ -19,6 +19,7 @@ from cplib.study.profiles import PROFILES
 from cplib.study.published import NAMES, markdown
 from cplib.study.tables import METHOD, TABLES
 
+SUMMARY = "03_every_category.png"
 PLUMBING = {"hide-input", "parameters", "injected-parameters"}  # tags of cells whose code is hidden
 WHAT = """[CutPaste](https://arxiv.org/abs/2104.04015) finds defects in images without having seen a
 defect. A network learns to tell normal images from images into which a patch of themselves was
@@ -108,6 +109,8 @@ def overview(results: Path) -> str:
     pipeline = [f"../{x.name}" for x in drawn if (x / "figures/04_pipeline.png").exists()]
     parts += [f"![Training and scoring]({x}/figures/04_pipeline.png)" for x in pipeline[:1]]
     parts += ["## Findings", *_findings(results)]
+    if (results / "figures" / SUMMARY).exists():
+        parts.append(f"![Image AUROC in each category and on average](figures/{SUMMARY})")
     for path in executed(results):
         notebook = nbformat.read(path, 4)
         number, title = path.stem[:2], notebook.cells[0].source.splitlines()[0]
@@ -135,6 +138,7 @@ def _figures(results: Path, notebook, number: str) -> dict[str, str]:
         for name, more in re.findall(rf'"({number}_[^"{{]*)({{?)', cell.source):
             for path in sorted(results.glob(f"figures/{name}{'*' if more else ''}.png")):
                 found.setdefault(path.name, caption)
+    found.pop(SUMMARY, None)  # stands above
     return found
 
 

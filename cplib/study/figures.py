@@ -323,7 +323,7 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
         say(ax, np.clip(x, 0.14, 0.86), height, name, color=colour, weight="bold")
     ax.axvline(this[0], color="black", lw=2, ls="--")
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    say(ax, np.clip((this[0] - ends[0]) / np.ptp(ends), 0.1, 0.86), 0.6, "new image", bbox=white)
+    say(ax, np.clip((this[0] - ends[0]) / np.ptp(ends), 0.16, 0.82), 0.62, "new image", bbox=white)
     ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
     ax.grid(False)
     panel(4, 1, "for each window", windows)
