@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -12,11 +13,15 @@ from cplib.augment import METHODS
 from cplib.run import Run
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.published import markdown
-from cplib.study.store import run_folder
+from cplib.study.store import read, run_folder
 
 TEMPLATE = ROOT / "docs" / "README.template.md"
 PORTS = Path(__file__).parents[1] / "study" / "paper" / "other_implementations.csv"
-TABLES = {"1": "table1_image_level", "2": "table2_pixel_level"}
+TABLES = {  # a table's metric that README shows
+    "1": ("table1_image_level", "image_auroc"),
+    "2": ("table2_pixel_level", "pixel_auroc"),
+    "2ap": ("table2_pixel_level", "pixel_ap"),
+}
 PARTS = {"Understand": "00 01 02 03 04", "Check": "05 06 07 08 09 10 11", "Use": "12"}
 
 
@@ -31,10 +36,10 @@ def filled(template: str) -> str:
 
 
 def table(profile: str, number: str) -> pd.DataFrame:
-    """Table 1's image AUROC or Table 2's pixel AUROC, tidy, indexed by method and category."""
-    name = TABLES[number]
+    """One metric of a table, tidy, indexed by method and category."""
+    name, metric = TABLES[number]
     rows = pd.read_csv(ROOT / "results" / profile / "tables" / f"{name}.csv")
-    return rows[rows["metric"] == f"{name[7:12]}_auroc"].set_index(["method", "category"])
+    return rows[rows["metric"] == metric].set_index(["method", "category"])
 
 
 def cell(profile: str, number: str, method: str, category: str, column: str = "mean") -> str:
@@ -46,10 +51,25 @@ def cell(profile: str, number: str, method: str, category: str, column: str = "m
     return f"{value:.1f}"
 
 
-def gain(category: str) -> str:
-    """How many points the longer training is above the shorter one."""
-    long, quick = (table(p, "1").loc[(METHOD, category), "mean"] for p in ("long", "quick"))
-    return f"{long - quick:.1f}"
+def above(first: str, second: str) -> str:
+    """How many points one method is above another in Table 1, on average."""
+    means = table("quick", "1")["mean"].xs("average_measured", level="category")
+    return f"{means[first] - means[second]:.1f}"
+
+
+def longer(category: str) -> str:
+    """What four times as many updates change, in points: one run against one of the same seed."""
+    run = PROFILES["quick"].run(METHOD, category)
+    runs = run, replace(run, updates=4 * run.updates)
+    short, long = (read(run_folder(r, ROOT / "results" / "quick"))[2]["image_auroc"] for r in runs)
+    return f"{long - short:+.1f}".replace("-", "\u2212")
+
+
+def uncommitted() -> str:
+    """How many of the stored runs were made by code that was not committed, of how many."""
+    files = [*ROOT.glob("results/*/runs/*/run.json")]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return f"{sum('dirty' in str(r['git_commit']) for r in records)} of {len(records)}"
 
 
 def measured(number: str = "1") -> list[str]:
@@ -79,22 +99,28 @@ def images(profile: str) -> str:
 
 
 def results() -> str:
-    """Six rows of image AUROC: the paper, ours, two networks without training, own photos."""
-    rows, quick = {}, table("quick", "1")
-    categories = measured()
+    """Image AUROC of the paper, of ours, of networks without CutPaste and of own photos."""
+    quick, long = table("quick", "1"), table("long", "1")
     shown = {
-        "CutPaste-3way, the paper": quick.loc[METHOD]["published_mean"],
-        f"CutPaste-3way, ours, {minutes('long')}": table("long", "1").loc[METHOD]["mean"],
-        f"CutPaste-3way, ours, {minutes('quick')}": quick.loc[METHOD]["mean"],
-        "ImageNet features (ResNet-18)": quick.loc["pretrained"]["mean"],
-        "random network (ResNet-18)": quick.loc["untrained"]["mean"],
-        "for own photos (notebook 12)": own()["image_auroc"],
+        "CutPaste-3way, the paper (5 seeds)": (quick, METHOD, "published_mean", "published_stderr")
     }
-    for label, values in shown.items():
-        values = values.reindex(categories)
-        cells = {name: f"{value:.1f}" for name, value in values.items()}
-        rows[label] = cells | {"mean": f"**{values.mean(skipna=False):.1f}**"}
-    return markdown(pd.DataFrame(rows).T.rename_axis("image AUROC, %"))
+    for name, rows in {"long": long, "quick": quick}.items():
+        seeds = int(rows.loc[(METHOD, "average_measured"), "seeds"])
+        label = f"CutPaste-3way, ours, {minutes(name)} ({seeds} seed{'s' * (seeds > 1)})"
+        shown[label] = rows, METHOD, "mean", "stderr"
+    shown["ImageNet features (ResNet-18)"] = quick, "pretrained", "mean", "stderr"
+    shown["random network (ResNet-18)"] = quick, "untrained", "mean", "stderr"
+    columns, found = [*measured(), "average_measured"], {}
+    for label, (rows, method, mean, error) in shown.items():
+        part = rows.loc[method].reindex(columns)
+        found[label] = [
+            f"{m:.1f}" + (f"\u00b1{e:.1f}" if pd.notna(e) else "")
+            for m, e in zip(part[mean], part[error], strict=True)
+        ]
+    photos = [*own()["image_auroc"].reindex(measured()), own()["image_auroc"].mean()]
+    found["not CutPaste: the detector for own photos"] = [f"{value:.1f}" for value in photos]
+    grid = pd.DataFrame.from_dict(found, orient="index", columns=[*measured(), "mean"])
+    return markdown(grid.rename_axis("image AUROC, %"))
 
 
 def own() -> pd.DataFrame:
@@ -106,6 +132,11 @@ def own() -> pd.DataFrame:
 def own_mean(column: str, digits: str = "1") -> str:
     """A column of ``own`` averaged over the categories."""
     return f"{own()[column].mean():.{digits}f}"
+
+
+def own_least() -> str:
+    """The lowest image AUROC of ``own``."""
+    return f"{own()['image_auroc'].min():.1f}"
 
 
 def notebooks(part: str) -> str:
@@ -129,33 +160,25 @@ def ports() -> str:
     rows = pd.read_csv(PORTS, index_col="implementation")
     mean = rows[measured()].mean(axis=1, skipna=False).map("{:.1f}".format)
     names = [f"[{name}](https://github.com/{name})" for name in rows.index]
-    rows = rows[["method", "weights", "checkpoint"]].assign(**{f"mean of {len(measured())}": mean})
+    all_of_them = rows.loc[:, "carpet":].mean(axis=1).map("{:.1f}".format)
+    means = {f"mean of our {len(measured())}": mean, "of all 15": all_of_them}
+    rows = rows[["method", "weights", "checkpoint"]].assign(**means)
     return markdown(rows.set_axis(names).rename_axis("implementation"))
 
 
-def port(name: str) -> str:
-    """An implementation's mean over the categories that we measured."""
-    return f"{pd.read_csv(PORTS, index_col='implementation').loc[name, measured()].mean():.1f}"
+def port(name: str, categories: str = "measured") -> str:
+    """An implementation's mean over the categories that we measured, or over "all"."""
+    row = pd.read_csv(PORTS, index_col="implementation").loc[name]
+    few = row["carpet":] if categories == "all" else row[measured()]
+    return f"{few.astype(float).mean():.1f}"
 
 
 def claims(*verdicts: str) -> str:
     """How many of the paper's claims have one of these verdicts; all of them without any."""
-    found = pd.read_csv(ROOT / "results" / "quick" / "tables" / "claims.csv")["verdict"]
-    return str(int(found.str.replace(" ", "_").isin(verdicts).sum() if verdicts else len(found)))
+    found = pd.read_csv(ROOT / "results" / "quick" / "tables" / "claims.csv")
+    found = found[found["source"] != "Not in the paper"]["verdict"].str.replace(" ", "_")
+    return str(int(found.isin(verdicts).sum() if verdicts else len(found)))
 
 
-FILLS = {
-    function.__name__: function
-    for function in (
-        *(
-            cell,
-            gain,
-            minutes,
-            images,
-            results,
-            own_mean,
-            notebooks,
-        ),
-        *(ports, port, claims),
-    )
-}
+NUMBERS = (cell, above, longer, uncommitted, minutes, images, own_mean, own_least, port, claims)
+FILLS = {function.__name__: function for function in (*NUMBERS, results, notebooks, ports)}

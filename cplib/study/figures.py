@@ -268,8 +268,8 @@ def summary(table):
 def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     """The method in one picture: training above, scoring below.
 
-    ``normal``, ``scar`` and ``image`` are (3, H, W), in [0, 1] or uint8: a training image, its
-    CutPaste-scar copy and a test image. ``heat`` is the test image under its anomaly map
+    ``normal`` and ``image`` are (3, H, W), uint8: a training image and a test image; ``scar`` is
+    the former's CutPaste-scar copy, in [0, 1]. ``heat`` is the test image under its anomaly map
     (H, W, 3), ``windows`` the scores of its windows (rows, columns), ``scores`` the image-level
     scores of normal test images, of anomalous ones, and of this one.
     """
@@ -298,13 +298,15 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     def say(ax: Axes, x: float, y: float, text: str, **look) -> None:
         ax.text(x, y, text, fontsize=14, ha="center", va="center", transform=ax.transAxes, **look)
 
-    def outline(ax: Axes, x: int, y: int) -> None:
+    def outline(ax: Axes, x: float, y: float) -> None:
         ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, ec="white", lw=2))
 
     panel(0, 0, "normal image", normal)
     outline(panel(1, 0, "cut a patch", normal), cut, paste)
     outline(panel(2, 0, "paste it", pasted, arrow=False), paste, cut)
-    panel(3, 0, "or a thin scar", scar)
+    changed = np.argwhere(np.asarray((scar - normal / 255).abs().amax(0) > 1 / 255))
+    y, x = (changed.min(0) + changed.max(0)) / 2
+    outline(panel(3, 0, "or a thin scar", scar), x - size / 2, y - size / 2)
     say(panel(4, 0, "train"), 0.5, 0.5, "network")
     say(panel(5, 0, "which of three?", arrow=False), 0.5, 0.5, "normal\npatch\nscar")
     panel(0, 1, "new image", image)
@@ -326,7 +328,7 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     say(ax, np.clip((this[0] - ends[0]) / np.ptp(ends), 0.16, 0.82), 0.62, "new image", bbox=white)
     ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
     ax.grid(False)
-    panel(4, 1, "for each window", windows)
+    panel(4, 1, "score per window", windows)
     panel(5, 1, "anomaly map", heat, arrow=False)
     look = {"fontsize": 15, "weight": "bold", "rotation": 90, "va": "center", "ha": "center"}
     fig.text(0.012, 0.71, "training", **look)
