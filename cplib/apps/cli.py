@@ -153,7 +153,7 @@ def pages(profile) -> None:
 
 @commands.command()
 def maintain() -> None:
-    """Write README.md, results' pages and the notebooks' Colab badges from what they come from."""
+    """Write README.md from its template and the records, and the notebooks' Colab badges."""
     from cplib.apps import colab, readme
     from cplib.apps.workspace import ROOT
     from cplib.datasets import write_text
