@@ -288,7 +288,8 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
         if picture is None:
             ax.set_facecolor("0.94")
         else:
-            ax.imshow(picture.permute(1, 2, 0) if len(picture) == 3 else picture)
+            first = picture.ndim == 3 and picture.shape[0] == 3
+            ax.imshow(picture.permute(1, 2, 0) if first else picture)
         if arrow:
             style = {"arrowstyle": "-|>", "lw": 1.8, "color": "0.25", "mutation_scale": 16}
             ends = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
