@@ -10,7 +10,6 @@ import pandas as pd
 
 from cplib.apps.workspace import ROOT
 from cplib.augment import METHODS
-from cplib.run import Run
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.published import markdown
 from cplib.study.store import read, run_folder
@@ -72,10 +71,9 @@ def uncommitted() -> str:
     return f"{sum('dirty' in str(r['git_commit']) for r in records)} of {len(records)}"
 
 
-def measured(number: str = "1") -> list[str]:
-    """The categories in which our CutPaste-3way was measured."""
-    method = METHOD if number == "1" else f"{METHOD}_patch"
-    ours = table("quick", number).loc[method]["mean"].dropna()
+def measured() -> list[str]:
+    """The categories of Table 1 in which our CutPaste-3way was measured."""
+    ours = table("quick", "1").loc[METHOD]["mean"].dropna()
     return [name for name in ours.index if not name.startswith("average")]
 
 
@@ -91,9 +89,7 @@ def minutes(profile: str) -> str:
 
 def images(profile: str) -> str:
     """How many images training shows to one CutPaste-3way network."""
-    run = (
-        Run(method=METHOD, category="") if profile == "paper" else PROFILES[profile].run(METHOD, "")
-    )
+    run = PROFILES[profile].run(METHOD, "")
     n = run.updates * run.sources * len(METHODS[METHOD])
     return f"{n / 1e6:.1f} million" if n >= 1e6 else f"{n:,}"
 
@@ -117,8 +113,9 @@ def results() -> str:
             f"{m:.1f}" + (f"\u00b1{e:.1f}" if pd.notna(e) else "")
             for m, e in zip(part[mean], part[error], strict=True)
         ]
-    photos = [*own()["image_auroc"].reindex(measured()), own()["image_auroc"].mean()]
-    found["not CutPaste: the detector for own photos"] = [f"{value:.1f}" for value in photos]
+    values = own()["image_auroc"].reindex(measured())
+    values = [f"{value:.1f}" for value in (*values, values.mean())]
+    found["not CutPaste: the detector for own photos"] = values
     grid = pd.DataFrame.from_dict(found, orient="index", columns=[*measured(), "mean"])
     return markdown(grid.rename_axis("image AUROC, %"))
 
@@ -129,14 +126,9 @@ def own() -> pd.DataFrame:
     return rows[rows["recommended"] == 1].set_index("category")
 
 
-def own_mean(column: str, digits: str = "1") -> str:
-    """A column of ``own`` averaged over the categories."""
-    return f"{own()[column].mean():.{digits}f}"
-
-
-def own_least() -> str:
-    """The lowest image AUROC of ``own``."""
-    return f"{own()['image_auroc'].min():.1f}"
+def photos(statistic: str) -> str:
+    """The "mean" or "min" over the categories of ``own``'s image AUROC."""
+    return f"{own()['image_auroc'].agg(statistic):.1f}"
 
 
 def notebooks(part: str) -> str:
@@ -166,11 +158,9 @@ def ports() -> str:
     return markdown(rows.set_axis(names).rename_axis("implementation"))
 
 
-def port(name: str, categories: str = "measured") -> str:
-    """An implementation's mean over the categories that we measured, or over "all"."""
-    row = pd.read_csv(PORTS, index_col="implementation").loc[name]
-    few = row["carpet":] if categories == "all" else row[measured()]
-    return f"{few.astype(float).mean():.1f}"
+def port(name: str) -> str:
+    """An implementation's mean over the categories that we measured."""
+    return f"{pd.read_csv(PORTS, index_col='implementation').loc[name, measured()].mean():.1f}"
 
 
 def claims(*verdicts: str) -> str:
@@ -180,5 +170,5 @@ def claims(*verdicts: str) -> str:
     return str(int(found.isin(verdicts).sum() if verdicts else len(found)))
 
 
-NUMBERS = (cell, above, longer, uncommitted, minutes, images, own_mean, own_least, port, claims)
+NUMBERS = (cell, above, longer, uncommitted, minutes, images, photos, port, claims)
 FILLS = {function.__name__: function for function in (*NUMBERS, results, notebooks, ports)}

@@ -278,60 +278,62 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     pasted = normal.clone()
     left, right = slice(cut, cut + size), slice(paste, paste + size)
     pasted[:, left, right] = normal[:, right, left]
+    changed = np.argwhere(np.asarray((scar - normal / 255).abs().amax(0) > 1 / 255))
+    y, x = (changed.min(0) + changed.max(0) - size) / 2
     fig = plt.figure(figsize=(11.1, 4.6))
     fig.set_layout_engine("none")
-
-    def panel(column: int, row: int, title: str, picture=None, *, arrow: bool = True) -> Axes:
-        ax = fig.add_axes((0.035 + column * 0.163, 0.53 - 0.49 * row, 0.136, 0.37))
-        ax.set(xticks=[], yticks=[], box_aspect=1)
-        ax.set_title(title, fontsize=14, pad=5)
-        if picture is None:
-            ax.set_facecolor("0.94")
-        else:
-            first = picture.ndim == 3 and picture.shape[0] == 3
-            ax.imshow(picture.permute(1, 2, 0) if first else picture)
-        if arrow:
-            style = {"arrowstyle": "-|>", "lw": 1.8, "color": "0.25", "mutation_scale": 16}
-            ends = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
-            ax.annotate("", (1.19, 0.5), (1.01, 0.5), arrowprops=style, **ends)
-        return ax
-
-    def say(ax: Axes, x: float, y: float, text: str, **look) -> None:
-        ax.text(x, y, text, fontsize=14, ha="center", va="center", transform=ax.transAxes, **look)
-
-    def outline(ax: Axes, x: float, y: float) -> None:
-        ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, ec="white", lw=2))
-
-    panel(0, 0, "normal image", normal)
-    outline(panel(1, 0, "cut a patch", normal), cut, paste)
-    outline(panel(2, 0, "paste it", pasted, arrow=False), paste, cut)
-    changed = np.argwhere(np.asarray((scar - normal / 255).abs().amax(0) > 1 / 255))
-    y, x = (changed.min(0) + changed.max(0)) / 2
-    outline(panel(3, 0, "or a thin scar", scar), x - size / 2, y - size / 2)
-    say(panel(4, 0, "train"), 0.5, 0.5, "network")
-    say(panel(5, 0, "which of three?", arrow=False), 0.5, 0.5, "normal\npatch\nscar")
-    panel(0, 1, "new image", image)
-    say(panel(1, 1, "features"), 0.5, 0.5, "same\nnetwork")
-    ax = panel(2, 1, "", arrow=False)
-    ax.set(position=(0.361, 0.04, 0.299, 0.37), box_aspect=None, facecolor="white")
-    ax.set_title("distance from normal = score", fontsize=14, pad=5)
-    good, bad, this = (np.log10(np.atleast_1d(s)) for s in scores)
-    ends = np.percentile([*good, *bad, *this], (0, 100))
-    for values, colour, name, height in (
-        (good, "C0", "normal", 0.92),
-        (bad, "C3", "defects", 0.78),
-    ):
-        ax.hist(values, np.linspace(*ends, 30), color=colour, alpha=0.7)
-        x = (np.median(values) - ends[0]) / np.ptp(ends)
-        say(ax, np.clip(x, 0.14, 0.86), height, name, color=colour, weight="bold")
-    ax.axvline(this[0], color="black", lw=2, ls="--")
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    say(ax, np.clip((this[0] - ends[0]) / np.ptp(ends), 0.16, 0.82), 0.62, "new image", bbox=white)
-    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
-    ax.grid(False)
-    panel(4, 1, "score per window", windows)
-    panel(5, 1, "anomaly map", heat, arrow=False)
+    _panel(fig, 0, 0, "normal image", normal)
+    _outline(_panel(fig, 1, 0, "cut a patch", normal), cut, paste, size)
+    _outline(_panel(fig, 2, 0, "paste it", pasted, arrow=False), paste, cut, size)
+    _outline(_panel(fig, 3, 0, "or a thin scar", scar), x, y, size)
+    _say(_panel(fig, 4, 0, "train"), 0.5, 0.5, "network")
+    _say(_panel(fig, 5, 0, "which of three?", arrow=False), 0.5, 0.5, "normal\npatch\nscar")
+    _panel(fig, 0, 1, "new image", image)
+    _say(_panel(fig, 1, 1, "features"), 0.5, 0.5, "same\nnetwork")
+    _distances(_panel(fig, 2, 1, "distance from normal = score", arrow=False), *scores)
+    _panel(fig, 4, 1, "score per window", windows)
+    _panel(fig, 5, 1, "anomaly map", heat, arrow=False)
     look = {"fontsize": 15, "weight": "bold", "rotation": 90, "va": "center", "ha": "center"}
     fig.text(0.012, 0.71, "training", **look)
     fig.text(0.012, 0.22, "scoring", **look)
     return fig
+
+
+def _panel(fig, column: int, row: int, title: str, picture=None, *, arrow: bool = True) -> Axes:
+    """A square of ``pipeline``, grey without a picture, with an arrow to the next one."""
+    ax = fig.add_axes((0.035 + column * 0.163, 0.53 - 0.49 * row, 0.136, 0.37))
+    ax.set(xticks=[], yticks=[], box_aspect=1, facecolor="0.94")
+    ax.set_title(title, fontsize=14, pad=5)
+    if picture is not None:
+        first = picture.ndim == 3 and picture.shape[0] == 3
+        ax.imshow(picture.permute(1, 2, 0) if first else picture)
+    if arrow:
+        style = {"arrowstyle": "-|>", "lw": 1.8, "color": "0.25", "mutation_scale": 16}
+        ends = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
+        ax.annotate("", (1.19, 0.5), (1.01, 0.5), arrowprops=style, **ends)
+    return ax
+
+
+def _outline(ax: Axes, x: float, y: float, size: float) -> None:
+    ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, ec="white", lw=2))
+
+
+def _say(ax: Axes, x: float, y: float, text: str, **look) -> None:
+    ax.text(x, y, text, fontsize=14, ha="center", va="center", transform=ax.transAxes, **look)
+
+
+def _distances(ax: Axes, good, bad, this: float) -> None:
+    """Scores of normal and of anomalous images, and of one image, in a panel of two's width."""
+    ax.set(position=(0.361, 0.04, 0.299, 0.37), box_aspect=None, facecolor="white")
+    good, bad, this = np.log10(good), np.log10(bad), np.log10(this)
+    ends = np.percentile([*good, *bad, this], (0, 100))
+    for values, colour, name, y in ((good, "C0", "normal", 0.92), (bad, "C3", "defects", 0.78)):
+        ax.hist(values, np.linspace(*ends, 30), color=colour, alpha=0.7)
+        x = np.clip((np.median(values) - ends[0]) / np.ptp(ends), 0.14, 0.86)
+        _say(ax, x, y, name, color=colour, weight="bold")
+    ax.axvline(this, color="black", lw=2, ls="--")
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    x = np.clip((this - ends[0]) / np.ptp(ends), 0.16, 0.82)
+    _say(ax, x, 0.62, "new image", bbox=white)
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
+    ax.grid(False)
