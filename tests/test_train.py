@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cplib import augment, datasets, train
+from cplib.checkpoint import read_checkpoint
 from cplib.datasets import MVTEC
 from cplib.model import build
 from cplib.run import Run
@@ -289,7 +290,7 @@ def test_a_run_stopped_after_every_update_ends_with_the_same_network(pixels, pat
     again, resumed = train.fit(run, pixels, checkpoint=path, deadline=0)
     assert same(again, whole)
     assert resumed.drop(columns="seconds").equals(table.drop(columns="seconds"))
-    tensors = train.read_checkpoint(path)[1]  # small, now that it is only scored
+    tensors = read_checkpoint(path)[1]  # small, now that it is only scored
     assert not [name for name in tensors if name.startswith("optimizer.")]
 
 
@@ -298,7 +299,7 @@ def test_the_optimisers_state_is_read_in_the_memory_format_of_its_parameters(
     pixels, path, monkeypatch, run
 ):
     stop(run, pixels, path)
-    saved, used = train.read_checkpoint(path)[1], []
+    saved, used = read_checkpoint(path)[1], []
 
     def halt(run, net, optimizer, *rest):
         used.append(optimizer)
@@ -350,7 +351,7 @@ def test_a_checkpoint_of_another_run_or_program_is_refused_and_kept(pixels, path
 
 def relabelled(path, **changes):
     """Change what a checkpoint says of itself."""
-    meta, tensors = train.read_checkpoint(path)
+    meta, tensors = read_checkpoint(path)
     save_file(tensors, path, metadata=meta | changes)
 
 
@@ -384,7 +385,7 @@ def test_a_resumed_training_keeps_the_precision_that_it_began_in(pixels, path, m
     processor(monkeypatch, bf16=True)
     assert stop(AUTO, pixels, path) == f"{AUTO.id}: 2 of 4 updates done"
     assert same(train.fit(AUTO, pixels, checkpoint=path)[0], whole)
-    about = train.read_checkpoint(path)[0]
+    about = read_checkpoint(path)[0]
     assert (about["run"], about["precision"]) == (AUTO.training_id, "fp32")
 
 
@@ -422,7 +423,7 @@ def test_a_checkpoint_is_whole_or_not_there(pixels, path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr("cplib.checkpoint.save_file", full)
     with pytest.raises(OSError, match=f"cannot write {path}: no space left"):
         train.fit(TINY, pixels, checkpoint=path, deadline=0)
     assert os.listdir(path.parent) == [path.name]

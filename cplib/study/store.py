@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cplib import datasets
+from cplib.checkpoint import network_state, read_checkpoint
 from cplib.datasets import atomic, write_text
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.model import PretextNet, build, weights_digest, weights_file
 from cplib.run import Run
-from cplib.train import network_state, read_checkpoint
 
 RECORD_VERSION = 1
 PEAK = "peak_within_16px"

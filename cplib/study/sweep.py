@@ -17,6 +17,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from cplib import datasets
+from cplib.checkpoint import read_checkpoint
 from cplib.metrics import image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, build
 from cplib.run import Run
@@ -25,7 +26,7 @@ from cplib.study import store
 from cplib.study.profiles import Profile
 from cplib.study.published import in_order
 from cplib.study.store import PEAK, Places, checkpoint_file, collect, run_folder, stock
-from cplib.train import OutOfTime, device_name, read_checkpoint, training
+from cplib.train import OutOfTime, device_name, training
 
 ENGINES = ("local", "ray")
 GPU_BYTES = 10 * 2**30  # a job's at most: 96 images of 256 px in fp32
