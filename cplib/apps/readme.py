@@ -82,8 +82,7 @@ def minutes(profile: str) -> str:
     profile = PROFILES[profile]
     runs = profile.runs((METHOD,), measured())
     folders = [run_folder(run, ROOT / "results" / profile.name) for run in runs]
-    records = [json.loads((f / "run.json").read_text("utf-8")) for f in folders if f.exists()]
-    taken = pd.Series([record["train_seconds"] for record in records])
+    taken = pd.Series([read(folder)[1]["train_seconds"] for folder in folders if folder.exists()])
     return f"{taken.median() / 60:.0f} minutes"
 
 

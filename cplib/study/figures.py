@@ -266,7 +266,7 @@ def summary(table):
 
 
 def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
-    """The method in one picture: training above, scoring below.
+    """The method in one figure: training above, scoring below.
 
     ``normal`` and ``image`` are (3, H, W), uint8: a training image and a test image; ``scar`` is
     the former's CutPaste-scar copy, in [0, 1]. ``heat`` is the test image under its anomaly map
@@ -299,14 +299,14 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     return fig
 
 
-def _panel(fig, column: int, row: int, title: str, picture=None, *, arrow: bool = True) -> Axes:
-    """A square of ``pipeline``, grey without a picture, with an arrow to the next one."""
+def _panel(fig, column: int, row: int, title: str, image=None, *, arrow: bool = True) -> Axes:
+    """A square of ``pipeline``, grey without an image, with an arrow to the next one."""
     ax = fig.add_axes((0.035 + column * 0.163, 0.53 - 0.49 * row, 0.136, 0.37))
     ax.set(xticks=[], yticks=[], box_aspect=1, facecolor="0.94")
     ax.set_title(title, fontsize=14, pad=5)
-    if picture is not None:
-        first = picture.ndim == 3 and picture.shape[0] == 3
-        ax.imshow(picture.permute(1, 2, 0) if first else picture)
+    if image is not None:
+        first = image.ndim == 3 and image.shape[0] == 3
+        ax.imshow(image.permute(1, 2, 0) if first else image)
     if arrow:
         style = {"arrowstyle": "-|>", "lw": 1.8, "color": "0.25", "mutation_scale": 16}
         ends = {"xycoords": "axes fraction", "textcoords": "axes fraction"}
