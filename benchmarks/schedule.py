@@ -50,11 +50,7 @@ CANDIDATES = {
 
 def held_out_images(held: Tensor, run: Run) -> dict[str, Tensor]:
     """Copies of the held-out images (N, 3, H, W) with each kind of anomaly."""
-    draws = torch.Generator().manual_seed(0)
-    copies, _ = augment.pretext_batch(
-        held.float() / 255, run.method, draws, train.augmentation_kwargs(run)
-    )
-    _, patch, scar = (255 * copies).round().to(torch.uint8).chunk(3)
+    patch, scar = augment.pasted_copies(held, train.augmentation_kwargs(run))
     painted = {f"{shape} {fill}": paint(held, shape, fill, **SMALL)[0] for shape, fill in PAINTED}
     return {"CutPaste": patch, "CutPaste-scar": scar} | painted
 

@@ -368,3 +368,14 @@ def pretext_batch(
     images = [make(x, generator, **options.get(name, {})) for name, make in classes.items()]
     labels = torch.arange(len(classes), device=x.device).repeat_interleave(len(x))
     return torch.cat(images), labels
+
+
+def pasted_copies(normal: Tensor, options: dict[str, dict], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A CutPaste and a CutPaste-scar copy of each normal image, uint8 (N, 3, H, W) each.
+
+    They are not shifted and not jittered as a whole. ``options`` as of ``pretext_batch``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, _ = pretext_batch(normal.float() / 255, "cutpaste_3way", generator, options)
+    _, patch, scar = (255 * images).round().to(torch.uint8).chunk(3)
+    return patch, scar

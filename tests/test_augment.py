@@ -28,6 +28,7 @@ from cplib.augment import (
     cutpaste_scar,
     cutpaste_union,
     jitter,
+    pasted_copies,
     pretext_batch,
     rotate,
     scar,
@@ -551,3 +552,12 @@ def test_options_reach_the_augmentation_they_name_or_are_refused():
     assert shares[1].max() < 2.7 * 25 / 64**2
     with pytest.raises(TypeError, match="sizes"):
         pretext_batch(x, "cutpaste", generator(), {"cutpaste": {"sizes": 1}})
+
+
+def test_pasted_copies_differ_from_their_images_only_where_something_was_pasted():
+    normal = torch.randint(0, 256, (4, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+    for copies in pasted_copies(normal, {}):
+        changed = (copies != normal).any(1).flatten(1).float().mean(1)
+        assert copies.dtype == torch.uint8 and ((0 < changed) & (changed < 0.6)).all()
+    again = pasted_copies(normal, {}, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(pasted_copies(normal, {}), again, strict=True))

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cplib import datasets
-from cplib.augment import pretext_batch
+from cplib.augment import pasted_copies
 from cplib.datasets import atomic
 from cplib.density import Gaussian, PositionGaussians, moments
 from cplib.localize import level_features, positions
@@ -363,10 +363,7 @@ def recommended(table: pd.DataFrame) -> str:
 
 def made_anomalies(run: Run, normal: Tensor) -> dict[str, Tensor]:
     """The normal images, and copies with each kind of anomaly: pasted pieces, painted shapes."""
-    draws = torch.Generator().manual_seed(0)
-    options = augmentation_kwargs(run)
-    copies, _ = pretext_batch(normal.float() / 255, "cutpaste_3way", draws, options)
-    _, patch, scar = (255 * copies).round().to(torch.uint8).chunk(3)
+    patch, scar = pasted_copies(normal, augmentation_kwargs(run))
     made = {"normal": normal, "CutPaste": patch, "CutPaste-scar": scar}
     for shape, fill in PAINTED:
         painted, _ = paint(normal, shape, fill, least=1, side=SIDE)

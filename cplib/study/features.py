@@ -81,12 +81,7 @@ def image_groups(run: Run, test: Images) -> list[torch.Tensor]:
     shift and the colour jitter that training gives to every image.
     """
     normal, anomaly = (_spread(test.pixels[test.labels == k], LIMIT) for k in (0, 1))
-    generator = torch.Generator().manual_seed(0)
-    images, _ = augment.pretext_batch(
-        normal.float() / 255, "cutpaste_3way", generator, augmentation_kwargs(run)
-    )
-    copies = (255 * images).round().to(torch.uint8).unflatten(0, (3, len(normal)))
-    return [normal, anomaly, *copies[1:]]
+    return [normal, anomaly, *augment.pasted_copies(normal, augmentation_kwargs(run))]
 
 
 def _spread(pixels: torch.Tensor, limit: int) -> torch.Tensor:
