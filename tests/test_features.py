@@ -10,28 +10,27 @@ import pytest
 import torch
 
 from cplib import datasets
+from cplib.metrics import auroc_between
+from cplib.model import build
 from cplib.run import Run
-from cplib.study import features
-from cplib.study.features import GROUPS, describe, image_groups, project, record, separability
-from cplib.study.store import Places, run_folder
-from cplib.study.sweep import execute
+from cplib.score import Scorer
+from cplib.study.features import GROUPS, features, image_groups, project, separability, table
 
 RUN = Run(method="untrained", category="sieve", dataset="demo", size=64, updates=0)
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, demo_root):
-    """Where an untrained run and its images are."""
-    places = Places(tmp_path_factory.mktemp("results"), demo_root)
-    execute(RUN, places)
-    with pytest.MonkeyPatch.context() as patch:  # to compile UMAP takes 10 s
-        patch.setattr(numba.config, "DISABLE_JIT", True)
-        yield places
+def images(demo_root):
+    """Training and test images of the run."""
+    return [datasets.load(demo_root, "sieve", split, 64) for split in ("train", "test")]
 
 
 @pytest.fixture(scope="module")
-def test_set(demo_root):
-    return datasets.load(demo_root, "sieve", "test", 64)
+def found(images):
+    """What is measured of an untrained network."""
+    with pytest.MonkeyPatch.context() as patch:  # to compile UMAP takes 10 s
+        patch.setattr(numba.config, "DISABLE_JIT", True)
+        yield features(RUN, build(RUN), *images)
 
 
 def cloud(n, shift=0.0, dims=2, seed=0):
@@ -74,7 +73,7 @@ def test_mixing_equals_a_count_by_hand():
     shares, chances = [], []
     for i in range(19):
         others = sorted((np.linalg.norm(x[i] - x[j]), j) for j in range(19) if j != i)
-        shares += [y[j] != y[i] for _, j in others[: features.NEIGHBOURS]]
+        shares += [y[j] != y[i] for _, j in others[:5]]
         chances += [y[j] != y[i] for _, j in others]
     expected = 100 * np.mean(shares) / np.mean(chances)
     assert separability(a, b)["mixing"] == pytest.approx(expected)
@@ -83,23 +82,16 @@ def test_mixing_equals_a_count_by_hand():
 # The record
 
 
-def test_a_record_is_made_again_to_the_byte_and_reread_without_images(places):
-    file, found = run_folder(RUN, places.results) / "features.json", record(RUN, places)
-    first = file.read_bytes()
-    assert record(RUN, places._replace(data=None)) == found
-    file.unlink()
-    assert record(RUN, places._replace(data=None)) is None
+def test_it_is_made_again_to_the_byte_and_leaves_random_state_alone(images, found):
     torch.manual_seed(7)
     np.random.seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    assert record(RUN, places) == found
-    assert file.read_bytes() == first
+    assert json.dumps(features(RUN, build(RUN), *images)) == json.dumps(found)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
 
-def test_a_record_holds_every_number_and_every_point(places):
-    found = record(RUN, places)
+def test_it_holds_every_number_and_every_point(images, found):
     assert list(found["pairs"]) == ["normal anomaly", "anomaly cutpaste", "anomaly cutpaste_scar"]
     for numbers in found["pairs"].values():
         assert list(numbers) == ["classifier_auroc", "mixing", "silhouette"]
@@ -107,33 +99,32 @@ def test_a_record_holds_every_number_and_every_point(places):
     for name in ("tsne", "umap"):
         shapes = [np.shape(found[name][group]) for group in GROUPS]
         assert shapes == [(2, 4), (2, 6), (2, 4), (2, 4)]
-    metrics = json.loads((run_folder(RUN, places.results) / "metrics.json").read_text())
-    assert found["gaussian_auroc"]["anomaly"] == pytest.approx(metrics["image_auroc"])
-    numbers = features.table({("sieve", "untrained"): found, ("sieve", "cutpaste_3way"): found})
+    train, test = images
+    scores = Scorer.fit(RUN, build(RUN), train.pixels).score(test.pixels)
+    auroc = auroc_between(scores[test.labels == 0], scores[test.labels == 1])
+    assert found["gaussian_auroc"]["anomaly"] == pytest.approx(auroc)
+    numbers = table({("sieve", "untrained"): found, ("sieve", "cutpaste_3way"): found})
     assert len(numbers) == 2 * (3 + 3 * 3)
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_a_test_set_without_one_kind_of_images_has_empty_numbers(test_set, label):
-    chosen = test_set.labels == label
-    only = replace(test_set, pixels=test_set.pixels[chosen], labels=test_set.labels[chosen])
-    groups = [x.flatten(1)[:, ::500].float() for x in image_groups(RUN, only)]
-    made = describe(groups, np.arange(sum(map(len, groups))))
-    assert made["gaussian_auroc"]["anomaly"] is None
-    assert set(made["pairs"]["normal anomaly"].values()) == {None}
+def test_a_test_set_without_one_kind_of_images_has_no_numbers(images, label):
+    train, test = images
+    chosen = test.labels == label
+    only = replace(test, pixels=test.pixels[chosen], labels=test.labels[chosen])
+    assert features(RUN, build(RUN), train, only) == {}
     with pytest.raises(ValueError, match="3 images are too few"):
-        project({g: cloud(int(i < 3)) for i, g in enumerate(GROUPS)})
+        project({g: cloud(int(i < 3)) for i, g in enumerate(GROUPS)}, 30.0, 15)
 
 
 # The groups
 
 
-def test_copies_differ_from_their_normal_image_in_a_patch(test_set):
-    normal, anomaly, patch, scar = image_groups(RUN, test_set)
-    assert torch.equal(normal, test_set.pixels[test_set.labels == 0])
-    assert torch.equal(anomaly, test_set.pixels[test_set.labels == 1])
-    for copies in (patch, scar):
-        changed = (copies != normal).any(1).flatten(1).float().mean(1)
-        assert (changed > 0).all()
-        assert (changed <= RUN.area[1]).all()
-    assert not torch.equal(patch, scar)
+def test_copies_belong_to_the_normal_images_and_a_limit_keeps_the_kinds(images):
+    test = images[1]
+    normal, anomaly, patch, scar = image_groups(RUN, test, 120)
+    assert torch.equal(normal, test.pixels[test.labels == 0])
+    assert torch.equal(anomaly, test.pixels[test.labels == 1])
+    assert len(patch) == len(scar) == len(normal)
+    few = image_groups(RUN, test, 3)
+    assert torch.equal(few[1], anomaly[::2])

@@ -26,8 +26,8 @@ from cplib.apps.detector import RECORD, TENSORS, Detector, fit_detector
 from cplib.model import _encoder, _load_imagenet
 from cplib.run import Run
 from cplib.study import store
+from cplib.study.jobs import execute
 from cplib.study.store import Places
-from cplib.study.sweep import execute
 
 UNTRAINED = Run(method="untrained", category="sieve", dataset="demo", size=32, updates=0)
 quick = settings(

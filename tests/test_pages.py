@@ -11,9 +11,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from cplib.apps.pages import write_pages
 from cplib.study.claims import save_claims, verdicts
 from cplib.study.profiles import PROFILES
-from cplib.study.published import against_paper, save_table
+from cplib.study.report import against_paper, save_table
 from cplib.study.store import Places
-from cplib.study.sweep import Workspace
+from cplib.study.workspace import Workspace
 
 T1, T2 = "table1_image_level", "table2_pixel_level"
 NOTEBOOKS = ("03_image_level_table", "05_pretrained_vs_finetuned")

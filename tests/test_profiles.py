@@ -20,15 +20,15 @@ def test_the_paper_profile_is_the_papers_protocol():
 
 
 def test_the_paper_profile_scores_windows_by_the_letter_of_the_appendix():
-    *baselines, patch = [run for run in PAPER.patch_runs(("bottle",)) if run.seed == 0]
+    patch = PAPER.run(METHOD, "bottle", protocol="patch")
     assert (patch.crop, patch.window, patch.stride) == (64, 32, 4)
     assert patch == replace(PAPER.run(METHOD, "bottle"), crop=64, window=32)
-    assert [(run.method, run.window) for run in baselines] == [(m, 32) for m in BASELINES]
+    assert all(PAPER.run(m, "bottle", protocol="patch").window == 32 for m in BASELINES)
 
 
 def test_the_paper_profile_finetunes_by_the_letter_of_the_appendix():
-    runs = [run for run in PAPER.finetune_runs(("bottle",)) if run.seed == 0]
-    untrained, pretrained, run = runs
+    methods = (*BASELINES, METHOD)
+    untrained, pretrained, run = (PAPER.run(m, "tile", protocol="finetune") for m in methods)
     assert (run.backbone, run.init, run.freeze_batchnorm) == ("efficientnet_b4", "imagenet", True)
     assert (run.head_updates, run.updates) == (10 * 256, 64 * 256)
     assert (run.head_learning_rate, run.learning_rate, 3 * run.sources) == (0.03, 1e-4, 24)
@@ -37,27 +37,26 @@ def test_the_paper_profile_finetunes_by_the_letter_of_the_appendix():
     assert (pretrained.backbone, pretrained.init) == (run.backbone, "imagenet")
 
 
-@pytest.mark.parametrize("name", ["quick", "demo"])
+@EVERY
 def test_finetuning_does_not_take_what_a_profile_changed_for_training_from_scratch(name):
-    run = PROFILES[name].finetune_runs(("bottle",))[-1]
+    profile = PROFILES[name]
+    run = profile.run(METHOD, profile.categories[0], protocol="finetune")
     assert (run.optimizer, run.warmup, run.crop, run.curve) == ("sgd", 0, 0, 0)
     assert (run.head_batchnorm, run.freeze_batchnorm, run.init) == (True, True, "imagenet")
-    assert run.size == PROFILES[name].protocol.get("size", 256)
+    assert run.size == profile.protocol.get("size", 256)
 
 
 def test_quick_takes_its_patch_model_from_the_networks_of_table_1():
-    *_, patch = QUICK.patch_runs(("bottle",))
+    patch = QUICK.run(METHOD, "bottle", protocol="patch")
     assert patch.window
-    assert patch.training_id == QUICK.run(METHOD, "bottle", patch.seed).training_id
+    assert patch.training_id == QUICK.run(METHOD, "bottle").training_id
 
 
 def test_a_profile_that_is_like_another_starts_from_its_entries():
     long = PROFILES["long"]
     assert (long.patch, long.finetune, long.dataset) == (QUICK.patch, QUICK.finetune, "mvtec")
-    changed = {k for k in long.protocol if long.protocol[k] != QUICK.protocol.get(k)}
-    assert changed == {"updates", "crop", "whole"}
     # The patch model looks at crops to the end, and finetuning at whole images from the start.
-    assert not any(run.whole for run in long.patch_runs(("tile",)) + long.finetune_runs(("tile",)))
+    assert not any(long.run(METHOD, "tile", protocol=p).whole for p in ("patch", "finetune"))
 
 
 @EVERY
@@ -75,17 +74,6 @@ def test_the_runs_of_a_profile_are_distinct_and_cover_it(name):
     assert seeds["pretrained"] == {0}  # the same features whatever the seed
     assert seeds[METHOD] == set(range(profile.seeds))
     assert seeds["untrained"] == seeds["cutout"] == set(range(profile.other_seeds))
-
-
-@EVERY
-def test_a_network_of_table_3_is_trained_once_and_compared_with_its_own_backbone(name):
-    profile = PROFILES[name]
-    planned = profile.finetune_runs(profile.categories)
-    assert len(set(planned)) == len(planned)
-    assert {run.method for run in planned} == {*BASELINES, METHOD}
-    assert len({run.backbone for run in planned}) == 1
-    trained = [run for run in planned if run.needs_training]
-    assert len(trained) == profile.other_seeds * len(profile.categories)
 
 
 def test_a_baseline_keeps_only_what_it_depends_on():
@@ -107,17 +95,10 @@ def test_the_eighth_is_the_papers_protocol_with_an_eighth_of_its_updates():
     eighth = PROFILES["eighth"]
     run = Run(method=METHOD, category="screw", updates=65_536 // 8, sources=32, curve=8)
     assert eighth.runs((METHOD,), ("screw",)) == [run]
-    assert eighth.patch_runs(("screw",))[-1] == replace(run, curve=0, crop=64, window=32)
+    patch = eighth.run(METHOD, "screw", protocol="patch")
+    assert patch == replace(run, curve=0, crop=64, window=32)
 
 
 def test_only_cutpaste_3way_notes_its_auroc_on_the_way():
     assert QUICK.run(METHOD, "tile").curve == QUICK.protocol["curve"] > 0
     assert QUICK.run("cutpaste", "tile").curve == 0
-
-
-def test_beside_quick_stand_the_papers_schedule_cut_short_and_its_own_four_times_as_long():
-    *short, longer = QUICK.other_schedules(("tile", "screw"))
-    fields = {"method": METHOD, "updates": 100, "curve": 4}
-    assert short == [Run(category="tile", **fields), Run(category="screw", **fields)]
-    assert longer == replace(QUICK.run(METHOD, "screw"), updates=2560)
-    assert PAPER.other_schedules(("tile", "screw")) == []

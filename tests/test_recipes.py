@@ -22,8 +22,8 @@ PROGRAM = """
 import sys
 from cplib.apps.workspace import open_workspace
 from cplib.study.claims import readable, measured, verdicts
-from cplib.study.published import wide
-from cplib.study.tables import compare, measure
+from cplib.study.report import compare, wide
+from cplib.study.tables import measure
 workspace = open_workspace("own", sys.argv[1], "sieve")
 for name in ("table5_binary_vs_3way", "mine"):
     print(wide(compare(workspace, name, measure(workspace, name))).to_string())

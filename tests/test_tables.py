@@ -1,26 +1,26 @@
-"""The tables of the study: what is planned, measured after training, and written."""
+"""The tables of the study: what is planned, read from the records, and written."""
 
+import json
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from cplib import datasets
-from cplib.metrics import auroc_between
 from cplib.run import Run
-from cplib.score import Scorer
-from cplib.study import tables
+from cplib.study import report
+from cplib.study.paper import ROW, published
 from cplib.study.profiles import METHOD, PROFILES
-from cplib.study.published import ROW, published
-from cplib.study.store import Places, load_network, run_folder
-from cplib.study.sweep import Workspace, execute
-from cplib.study.synthetic import SYNTHETIC, paint
-from cplib.study.tables import AXES, TABLES, all_runs, compare, curves, planned, settings, values_of
+from cplib.study.report import compare, protocol, result
+from cplib.study.store import Places, run_folder
+from cplib.study.synthetic import SYNTHETIC
+from cplib.study.tables import TABLES, curves, plan, planned, rows_of, values
+from cplib.study.workspace import Workspace
 
 from records import official, record
 
 PAPER, QUICK = PROFILES["paper"], PROFILES["quick"]
-STUDIES = list(AXES)[:2]  # Tables 7 and 8
+STUDIES = [name for name in TABLES if TABLES[name].axes and name != "unstated_choices"]
+AXES = (*STUDIES, "unstated_choices")
 CONTRACT = ["category", "metric", "mean", "stderr", "seeds", "published_mean", "published_stderr"]
 
 
@@ -32,42 +32,57 @@ def workspace_of(name, results, *categories, seeds=None):
 # What is planned
 
 
+def changes(profile, name):
+    """What each row of a table along settings changes."""
+    rows = {row.cell[1:]: row.changes for row in rows_of(profile, name)}
+    return {k: {n: v for n, v in fields.items() if n != "curve"} for k, fields in rows.items()}
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_papers_profile_has_the_papers_rows_of_five_seeds_and_every_category(tmp_path, name):
     rows = published(name).query("category == 'average_all'")[ROW]
-    assert {tuple(row) for row in settings(PAPER, name)} == {*map(tuple, rows.to_numpy())}
-    plan = TABLES[name].plan(workspace_of("paper", tmp_path))
-    cells = {(tuple(row), run.category, run.seed) for row, run in plan}
-    assert len(cells) == len(plan) == len(rows) * 15 * 5
+    assert {row.cell for row in rows_of(PAPER, name)} == {*map(tuple, rows.to_numpy())}
+    entries = plan(workspace_of("paper", tmp_path), name)
+    cells = {(row.cell, run.category, run.seed) for row, run in entries}
+    assert len(cells) == len(entries) == len(rows) * 15 * 5
 
 
 def test_values_are_multiples_of_the_protocols_own_where_they_are_relative():
-    first, second = (settings(QUICK, name) for name in STUDIES)
+    first, second = (changes(QUICK, name) for name in STUDIES)
     own = QUICK.run(METHOD, "screw")
-    assert first[METHOD, "updates", "1.5"] == {"updates": 1.5 * own.updates}
-    assert first[METHOD, "learning_rate", "0.333"] == {"learning_rate": pytest.approx(0.000167)}
-    assert settings(PAPER, STUDIES[0])[METHOD, "learning_rate", "3.33"] == {"learning_rate": 0.1}
-    assert second[METHOD, "patch_jitter", "0.3"] == {"patch_jitter": 0.3}
-    assert second[METHOD, "max_area", "0.2"] == {"area": (0.02, 0.2)}
+    assert first["updates", "1.5"] == {"updates": 1.5 * own.updates}
+    assert first["learning_rate", "0.333"] == {"learning_rate": pytest.approx(0.000167)}
+    assert changes(PAPER, STUDIES[0])["learning_rate", "3.33"] == {"learning_rate": 0.1}
+    assert second["patch_jitter", "0.3"] == {"patch_jitter": 0.3}
+    assert second["max_area", "0.2"] == {"area": (0.02, 0.2)}
 
 
 @pytest.mark.parametrize(("name", "fewest"), [("smoke", 5), ("demo", 5), ("quick", 28)])
-def test_the_run_that_changes_nothing_is_shared_and_comes_first(tmp_path, name, fewest):
+def test_the_run_that_changes_nothing_stands_on_every_axis_and_is_one(tmp_path, name, fewest):
     workspace = workspace_of(name, tmp_path)
-    study = workspace.profile.sensitivity
-    bases = workspace.profile.runs((METHOD,), study.categories, study.seeds, **study.protocol)
-    runs = [planned(workspace, table) for table in STUDIES]
-    assert len({run.id for each in runs for run in each}) == fewest
-    for table, each in zip(STUDIES, runs, strict=True):
-        assert each[: len(bases)] == bases
-        plan = TABLES[table].plan(workspace)
-        assert len([run for _, run in plan if run in bases]) == 2 * len(bases)  # on both axes
-        assert not any(run.curve for run in each[len(bases) :])
-    if not study.protocol:  # then they are Table 1's
-        assert set(bases) <= set(planned(workspace, "table1_image_level"))
-    everything = all_runs(workspace)
-    assert len({run.id for run in everything}) == len(everything)
-    assert {run for table in TABLES for run in planned(workspace, table)} <= set(everything)
+    assert len(planned(workspace, *STUDIES)) == fewest
+    bases = []
+    for study in STUDIES:
+        entries = plan(workspace, study)
+        unchanged = [run for row, run in entries if not row.changes]
+        assert len(unchanged) == 2 * len({*unchanged})  # on both axes
+        assert not any(run.curve for row, run in entries if row.changes)
+        bases.append({*unchanged})
+    assert bases[0] == bases[1]
+    if not workspace.profile.sensitivity["protocol"]:  # then they are Table 1's
+        assert bases[0] <= set(planned(workspace, "table1_image_level"))
+
+
+def test_a_network_has_one_run_for_each_way_of_scoring_and_all_measures_of_every_table(tmp_path):
+    wanted = planned(workspace_of("demo", tmp_path))
+    assert len({run.id for run in wanted}) == len(wanted)
+    first = PROFILES["demo"].run(METHOD, "sieve")
+    assert wanted[first] == [
+        *("gradcam", "synthetic-20", "density", "features", "gradcam_copies"),
+    ]
+    tuned = PROFILES["demo"].run(METHOD, "sieve", protocol="finetune")
+    assert wanted[tuned] == ["level7"]
+    assert wanted[replace(first, seed=1)] == ["gradcam", "synthetic-20", "density"]
 
 
 def test_a_study_takes_the_categories_that_the_profile_names_or_the_first_to_execute(tmp_path):
@@ -86,27 +101,29 @@ def test_a_study_takes_the_categories_that_the_profile_names_or_the_first_to_exe
 
 def test_seeds_of_a_study_that_were_measured_before_are_shown_in_every_row(tmp_path):
     workspace = workspace_of("quick", tmp_path)
-    bases, changed = planned(workspace, STUDIES[1])[:2], planned(workspace, STUDIES[1])[2]
+    entries = plan(workspace, STUDIES[1])
+    bases = {run for row, run in entries if not row.changes}
+    changed = next(run for row, run in entries if row.changes)
     for run in bases:  # as Table 1's
         record(tmp_path, replace(run, seed=1))
     assert {run.seed for run in planned(workspace, STUDIES[1])} == {0}
     record(tmp_path, replace(changed, seed=1))
-    plan = TABLES[STUDIES[1]].plan(workspace)
-    assert len(plan) == 2 * len({row for row, _ in plan}) * len(bases)
+    entries = plan(workspace, STUDIES[1])
+    assert len(entries) == 2 * len({row.cell for row, _ in entries}) * len(bases)
 
 
 def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path):
     workspace = workspace_of("quick", tmp_path)
-    plan = TABLES["unstated_choices"].plan(workspace)
+    entries = plan(workspace, "unstated_choices")
     table1 = set(planned(workspace, "table1_image_level"))
-    assert {tuple(row)[1:] for row, run in plan if run in table1} == {
+    assert {row.cell[1:] for row, run in entries if run in table1} == {
         ("head", "512-128"),
         ("translate", "0.125"),
         ("jitter", "0.1-0.1-0.1-0"),
     }
-    assert {row.value for row, _ in plan if row.setting == "head"} >= {"linear", "8x512-128"}
-    assert {run.category for _, run in plan} == {"tile", "transistor"}
-    assert {run.seed for _, run in plan} == {0}
+    assert {row.value for row, _ in entries if row.setting == "head"} >= {"linear", "8x512-128"}
+    assert {run.category for _, run in entries} == {"tile", "transistor"}
+    assert {run.seed for _, run in entries} == {0}
 
 
 # What is written
@@ -126,7 +143,7 @@ def quick(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", STUDIES)
 def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, name):
-    tidy = compare(quick, name, values_of(quick, name))
+    tidy = compare(quick, name, values(quick, name))
     file = quick.results / "tables" / f"{name}.csv"
     assert list(tidy) == list(pd.read_csv(file)) == [*ROW, *CONTRACT]
     theirs = published(name).set_index([*ROW, "category"])["published_mean"]
@@ -134,21 +151,22 @@ def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, na
     assert kept["published_mean"].to_dict() == theirs.to_dict()
     assert kept["mean"].isna().all()  # two categories are no average over the paper's groups
     ours = tidy.dropna(subset="mean")
-    assert {*map(tuple, ours[ROW].to_numpy())} == {tuple(row) for row in settings(QUICK, name)}
+    assert {*map(tuple, ours[ROW].to_numpy())} == {row.cell for row in rows_of(QUICK, name)}
     assert set(ours["category"]) == {"tile", "transistor", "average_measured"}
     first = set(zip(ours["setting"], ours["value"], ours["mean"], strict=True))
     unchanged = {"learning_rate": "1", "updates": "1", "patch_jitter": "0.1", "max_area": "0.15"}
-    assert {(axis, unchanged[axis], 80) for axis in AXES[name]} <= first  # the shared runs
+    assert {(axis, unchanged[axis], 80) for axis in TABLES[name].axes} <= first  # the shared runs
     line = file.with_suffix(".md").read_text().splitlines()[0]
-    assert "Profile quick: resnet18, 256 px, training on 64-px crops" in line
-    assert "640 updates of 16 normal images and their copies" in line
+    assert line.startswith("Profile quick; one setting is changed in each row; seeds: 1. Ours, ")
 
 
 @pytest.mark.filterwarnings("error")
 def test_the_unstated_choices_make_a_table_without_the_papers_numbers(quick):
     name = "unstated_choices"
-    tidy = compare(quick, name, values_of(quick, name))
-    assert list(dict.fromkeys(map(tuple, tidy[ROW].to_numpy()))) == list(settings(QUICK, name))
+    tidy = compare(quick, name, values(quick, name))
+    assert list(dict.fromkeys(map(tuple, tidy[ROW].to_numpy()))) == [
+        row.cell for row in rows_of(QUICK, name)
+    ]
     assert tidy["published_mean"].isna().all() and tidy["mean"].notna().all()
     assert "paper" not in (quick.results / "tables" / f"{name}.md").read_text()
 
@@ -158,50 +176,29 @@ def test_every_table_can_be_written_before_anything_is_measured(tmp_path):
     for name in TABLES:
         for profile in ("quick", "demo"):
             workspace = workspace_of(profile, tmp_path / profile)
-            tidy = compare(workspace, name, values_of(workspace, name))
+            tidy = compare(workspace, name, values(workspace, name))
             assert tidy["mean"].isna().all()
             beside = profile == "quick" and name != "unstated_choices"
             assert tidy["published_mean"].notna().any() == beside
 
 
-# After training
+# From the records
 
 
-@pytest.fixture(scope="module")
-def done(demo_root, tmp_path_factory):
-    """A finished run on the demo set, and its places."""
-    run = PROFILES["smoke"].run("untrained", "sieve")
-    places = Places(tmp_path_factory.mktemp("results"), demo_root)
-    execute(run, places)
-    return run, places
-
-
-def test_table_6_records_the_auroc_of_normal_images_against_painted_ones(done):
-    run, places = done
-    found = tables.synthetic_metrics(run, 5, places)
-    assert list(found["image_auroc"]) == list(SYNTHETIC)
-    assert (found["normal"], found["painted"]) == (4, 8)
-    train, test = (datasets.load(places.data, "sieve", split, 64) for split in ("train", "test"))
-    normal = test.pixels[test.labels == 0]
-    scorer = Scorer.fit(run, load_network(run, places), train.pixels)
-    for kind in ("digit_color", "ellipse_natural"):
-        painted = scorer.score(paint(normal, *kind.split("_"), least=5)[0])
-        expected = auroc_between(scorer.score(normal), painted)
-        assert found["image_auroc"][kind] == pytest.approx(expected, abs=0.01)
-    assert tables.synthetic_metrics(run, 5, places._replace(data=None)) == found  # read again
-    assert tables.synthetic_metrics(run, 6, places._replace(data=None)) is None
-
-
-def test_table_6_is_made_of_the_finished_runs_and_says_how_it_was_painted(done):
-    run, places = done
-    workspace = Workspace(replace(PROFILES["smoke"], anomalies=9), ("sieve",), places)
-    values = values_of(workspace, "table6_synthetic_anomalies")
-    assert values["category"].tolist() == list(SYNTHETIC)
-    tidy = compare(workspace, "table6_synthetic_anomalies", values)
-    assert list(tidy["category"]) == [*SYNTHETIC, "average_all"]
-    assert tidy["published_mean"].isna().all()
-    assert tidy["mean"].iloc[-1] == pytest.approx(values["image_auroc"].mean())
-    text = (places.results / "tables" / "table6_synthetic_anomalies.md").read_text()
+def test_table_6_is_the_mean_over_sources_of_what_was_painted(tmp_path):
+    workspace = workspace_of("quick", tmp_path, "tile", "pill")
+    name = "table6_synthetic_anomalies"
+    for category, auroc in (("tile", 90), ("pill", 70)):
+        run = QUICK.run(METHOD, category)
+        record(tmp_path, run)
+        text = json.dumps({"image_auroc": dict.fromkeys(SYNTHETIC, auroc)})
+        (run_folder(run, tmp_path) / "synthetic-40.json").write_text(text)
+    found = values(workspace, name)
+    assert found["category"].tolist() == 2 * list(SYNTHETIC)
+    assert found["source"].tolist() == 7 * ["tile"] + 7 * ["pill"]
+    tidy = compare(workspace, name, found).query("method == @METHOD")
+    assert tidy["mean"].tolist() == 8 * [80]
+    text = (tmp_path / "tables" / f"{name}.md").read_text()
     assert "10% to 30% of a side" in text.splitlines()[0]
 
 
@@ -218,7 +215,7 @@ def test_an_ensemble_is_the_auroc_of_the_seeds_mean_scores(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw")
     scored(tmp_path, 0, "abcd", [0.0, 2.0, 1.0, 4.0])  # means: 1.5, 1, 1.95, 2.25
     scored(tmp_path, 1, "abcd", [3.0, 0.0, 2.9, 0.5])
-    found = values_of(workspace, "table1_image_level").set_index("method").loc["ensemble"]
+    found = values(workspace, "table1_image_level").set_index("method").loc["ensemble"]
     assert (found["image_auroc"], found["members"], found["category"]) == (100, 2, "screw")
 
 
@@ -227,19 +224,23 @@ def test_seeds_that_scored_other_images_have_no_ensemble(tmp_path):
     scored(tmp_path, 0, "abcd", [0.0, 2.0, 1.0, 4.0])
     other = scored(tmp_path, 1, "abce", [3.0, 0.0, 2.9, 0.5])
     with pytest.warns(UserWarning, match=f"runs/{other}: scores of other images"):
-        found = values_of(workspace, "table1_image_level")
+        found = values(workspace, "table1_image_level")
     assert found["method"].tolist() == [METHOD, METHOD]
 
 
 def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):
     workspace = workspace_of("quick", tmp_path, "grid", "bottle")
-    plan = [p for p in TABLES["table2_pixel_level"].plan(workspace) if p[1].seed == 0]
-    found = {(run.category, row.method.removeprefix(tables.PATCH)): run for row, run in plan}
+    entries = [p for p in plan(workspace, "table2_pixel_level") if p[1].seed == 0]
+    name = "cutpaste_3way_patch"
+    found = {(run.category, row.key.removeprefix(name)): run for row, run in entries}
     grid, bottle = found["grid", ""], found["bottle", ""]
     assert found["grid", "_wide"] == replace(grid, window=64)
     assert found["grid", "_longer"] == replace(grid, updates=2560)
     assert found["bottle", "_shared"] == replace(bottle, gaussians="shared")
     assert not {("grid", "_shared"), ("bottle", "_wide"), ("bottle", "_longer")} & set(found)
+    assert {run for row, run in entries if row.measure == "gradcam"} <= {
+        QUICK.run(METHOD, category) for category in workspace.shown
+    }
 
 
 # The schedules
@@ -249,8 +250,8 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
     own = QUICK.run(METHOD, "screw", 1)
-    cut, _, longer = QUICK.other_schedules(("screw", "tile"))
-    assert replace(cut, updates=65_536, curve=0) == Run(method=METHOD, category="screw")
+    cut = Run(method=METHOD, category="screw", updates=100, curve=4)
+    longer = QUICK.run(METHOD, "screw", updates=2560)
     record(tmp_path, own, curve={320: 80, 640: 82})
     record(tmp_path, cut, curve={25: 55, 100: 60})
     record(tmp_path, longer, curve={640: 70, 2560: 90})
@@ -266,37 +267,48 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0, 0, 0]
 
 
-def captioned(workspace, name) -> str:
-    return tables.caption(workspace, name, workspace.collect(planned(workspace, name)))
-
-
-def test_a_caption_says_how_many_seeds_a_cell_has_not_how_many_are_planned(tmp_path):
+def test_a_caption_says_what_differs_from_table_1_and_how_many_seeds_a_cell_has(tmp_path):
     workspace = workspace_of("quick", tmp_path, "screw", "transistor")
-    caption = captioned(workspace, "table1_image_level")
-    assert caption == "Profile quick: nothing was trained for this table."
+
+    def captioned(name):
+        return report.caption(workspace, name, values(workspace, name))
+
+    nothing = "Profile quick; nothing was measured; nothing was trained for this table."
+    assert captioned("table1_image_level") == nothing
     record(tmp_path, QUICK.run("untrained", "screw", 0))
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
-    caption = captioned(workspace, "table1_image_level")
-    assert caption.endswith("scored in fp32, seeds: 1 (random network), 1 to 2 (CutPaste-3way).")
-    values = workspace.collect(planned(workspace, "table1_image_level"))
-    untrained = values[values["method"] == "untrained"]
-    assert "nothing was trained" in tables.caption(workspace, "table1_image_level", untrained)
-    for run in planned(workspace, STUDIES[0]):
-        if not run_folder(run, tmp_path).exists():
-            record(tmp_path, run)
-    assert "seeds: 1 (CutPaste-3way)" in captioned(workspace, STUDIES[0])
+    assert captioned("table1_image_level") == ("Profile quick; seeds: 1; 1 to 2: CutPaste-3way.")
+    record(tmp_path, QUICK.run(METHOD, "screw", protocol="patch"))
+    assert captioned("table2_pixel_level").startswith("Profile quick; window 32, stride 8; seeds: ")
 
 
-def test_what_is_missing_or_substituted_is_said_beside_the_numbers(tmp_path):
+def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(tmp_path):
     workspace = workspace_of("quick", tmp_path, "tile", "grid")
-    runs = workspace.runs(("pretrained",))
-    assert tables.shortfalls(workspace, runs) == ""
-    record(tmp_path, runs[0], weights={"file": "resnet18-f37072fd.pth"})
-    assert tables.shortfalls(workspace, runs) == "ImageNet weights: resnet18-f37072fd.pth."
+    assert protocol(workspace) == ""
     few = official("grid") | {"normal": 5, "masks": 0, "size": [256, 256]}
-    record(tmp_path, runs[1], images=few, weights={"file": "resnet18_imagenet_pqf.pth"})
-    said = tables.shortfalls(workspace, runs)
-    assert "resnet18_imagenet_pqf.pth (a substitute for torchvision's" in said
-    assert "Of grid only 5 of the 21 normal test images were at hand. For grid no masks" in said
-    assert said.endswith("The images came resized, at 256x256 px.") and "tile" not in said
+    record(tmp_path, QUICK.run(METHOD, "tile"))
+    weights = {"file": "some.pth"}
+    record(tmp_path, QUICK.run("pretrained", "grid"), images=few, weights=weights)
+    text = protocol(workspace)
+    assert "| updates | 65536 | 640 |" in text and "momentum" not in text
+    assert "| grid | 256x256 | 264 | 5 (of 21) | 57 | 0 |" in text
+    assert "| tile | 900x900 | 230 | 33 | 84 | 84 |" in text
+    assert "in fp32 (made up)" in text and "`some.pth`" in text
+
+
+def test_a_tables_result_is_a_sentence_about_the_papers_numbers_or_its_ends(quick):
+    assert result(compare(quick, STUDIES[0], values(quick, STUDIES[0])), STUDIES[0]).startswith(
+        "image AUROC, average of the measured: learning rate: highest with "
+    )
+    for category, auroc in (("tile", 95.0), ("pill", 90.0)):
+        run = QUICK.run(METHOD, category)
+        if not run_folder(run, quick.results).exists():
+            record(quick.results, run, auroc)
+    name = "table1_image_level"
+    found = compare(quick, name, values(quick, name))
+    assert result(found, name) == (
+        "CutPaste-3way falls short of the paper on pill (-2.4), transistor (-11.5), tile (-13.4) "
+        "(points)."
+    )
+    assert result(found[:0], name) == "Nothing is measured yet."

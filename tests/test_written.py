@@ -10,7 +10,7 @@ import pytest
 
 from cplib.apps import notebooks, pages
 from cplib.study.figures import save_figure
-from cplib.study.published import save_markdown, write_csv
+from cplib.study.report import save_markdown, write_csv
 
 
 @contextlib.contextmanager

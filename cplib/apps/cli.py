@@ -60,8 +60,8 @@ def notebooks(profile, data, categories, only, start, device, **options) -> int:
 def rerun(folder, data, device, weights) -> int:
     """Repeat a stored run (results/PROFILE/runs/ID) and compare its scores."""
     from cplib.apps.workspace import find_device
+    from cplib.study.jobs import rerun as repeat
     from cplib.study.store import Places
-    from cplib.study.sweep import rerun as repeat
 
     same, line = repeat(folder, Places(Path(), Path(data), weights, find_device(device)))
     print(f"{folder}: {'the same' if same else 'NOT the same'} ({line})")

@@ -31,9 +31,9 @@ from cplib.model import PretextNet, build
 from cplib.run import Run
 from cplib.score import CHUNK, Scorer, by_position, fit_density, score_features
 from cplib.study.figures import overlay
-from cplib.study.profiles import Profile
+from cplib.study.jobs import BAR
+from cplib.study.profiles import METHOD, Profile
 from cplib.study.store import BROKEN, Places, one_line, write_json
-from cplib.study.sweep import BAR
 from cplib.study.synthetic import paint
 from cplib.train import augmentation_kwargs, fit, precision
 
@@ -281,9 +281,9 @@ def candidates(
     }
     if profile:
         features = {k: getattr(LEVELS, k) for k in ("size", "backbone", "levels", "reg_covar")}
-        tuned = replace(profile.finetune_runs((category,))[-1], seed=0)
+        tuned = profile.run(METHOD, category, protocol="finetune")
         runs["finetuned by CutPaste"] = replace(tuned, **own, **features, gaussians="position")
-        patch = replace(profile.patch_runs((category,))[-1], seed=0)
+        patch = profile.run(METHOD, category, protocol="patch")
         runs["CutPaste patches"] = replace(patch, **own, gaussians="shared", stride=STRIDE)
     return runs
 

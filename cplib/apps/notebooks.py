@@ -23,9 +23,10 @@ from traitlets import default
 from cplib.apps.pages import write_pages
 from cplib.apps.workspace import ROOT
 from cplib.datasets import write_text
-from cplib.study.store import read_record, write_json
-from cplib.study.sweep import UsageError, Workspace, estimate, jobs_here
-from cplib.study.tables import all_runs
+from cplib.study.jobs import estimate, jobs_here
+from cplib.study.store import frame, read_record, write_json
+from cplib.study.tables import planned
+from cplib.study.workspace import UsageError, Workspace
 
 NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
@@ -51,12 +52,12 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
     deadline = time.time() + workspace.budget if workspace.budget else None
     print(f"profile {workspace.profile.name}: {', '.join(workspace.categories)};", end=" ")
     print(f"device {workspace.device}\nresults in {workspace.results}", flush=True)
-    runs = all_runs(workspace)
-    if line := workspace.outdated(runs):
+    runs = planned(workspace)
+    for line in workspace.remarks(runs):
         print(line, flush=True)
     todo = workspace.missing(runs)
     trains = any(path.name.startswith(TRAINING) for path in chosen)
-    cost = estimate(todo, workspace.collect(runs), workspace.places)
+    cost = estimate(todo, frame(runs, workspace.places), workspace.places)
     if trains and cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
     if workspace.places.data and trains:

@@ -3,21 +3,25 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import nbformat
+import numpy as np
 import pandas as pd
 from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
-from cplib.datasets import write_text
+from cplib.datasets import DATASETS, write_text
 from cplib.run import BASELINES
 from cplib.study.claims import VERDICTS
 from cplib.study.profiles import PROFILES
-from cplib.study.published import NAMES, markdown
-from cplib.study.tables import METHOD, TABLES
+from cplib.study.report import markdown, protocol, read_table, result, wide
+from cplib.study.store import Places
+from cplib.study.tables import METHOD, NAMES, TABLES
+from cplib.study.workspace import Workspace
 
 SUMMARY = "03_every_category.png"
 PLUMBING = {"hide-input", "parameters", "injected-parameters"}  # tags of cells whose code is hidden
@@ -26,7 +30,10 @@ defect. A network learns to tell normal images from images into which a patch of
 pasted. A Gaussian of its features of normal images then scores a new image: the farther it lies
 from them, the more anomalous it is. AUROC is how often an anomalous image (or pixel) has a higher
 score than a normal one; 50 % is chance."""
-OTHERS = {"11": ("claims",), "09": ("schedule_choice",)}  # of notebooks without a table
+OTHERS = {  # further tables of a notebook
+    "11": {"claims": "All claims, with intervals"},
+    "09": {"schedule_choice": "How the short schedules were chosen"},
+}
 # Wide tables and code scroll by themselves on a phone; at night the page is dark, figures are not.
 STYLE = """<style>
 body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
@@ -101,32 +108,62 @@ def _equation(match: re.Match) -> str:
 
 
 def overview(results: Path) -> str:
-    """What CutPaste is, the findings, then each notebook's tables and figures in its order."""
-    profile = PROFILES.get(results.name.partition("-")[0])
-    about = f"{profile.about} (`{results.name}`)" if profile else results.name
+    """What CutPaste is, the findings and the protocol, then each notebook's tables and figures."""
+    workspace = workspace_of(results)
+    about = f"{workspace.profile.about} (`{results.name}`)" if workspace else results.name
     parts = [f"# CutPaste: {about}", WHAT]
+    if (results / "figures" / SUMMARY).exists():
+        parts.append(f"![Image AUROC in each category and on average](figures/{SUMMARY})")
+    parts += ["## Findings", *_findings(results)]
     drawn = (results, results.parent / "demo")
     pipeline = [f"../{x.name}" for x in drawn if (x / "figures/04_pipeline.png").exists()]
     parts += [f"![Training and scoring]({x}/figures/04_pipeline.png)" for x in pipeline[:1]]
-    parts += ["## Findings", *_findings(results)]
-    if (results / "figures" / SUMMARY).exists():
-        parts.append(f"![Image AUROC in each category and on average](figures/{SUMMARY})")
+    if workspace and (text := protocol(workspace)):
+        parts += ["## Protocol of Table 1, and the images", text]
     for path in executed(results):
         notebook = nbformat.read(path, 4)
         number, title = path.stem[:2], notebook.cells[0].source.splitlines()[0]
         parts.append(f"## [{title.lstrip('# ')}](notebooks/{path.name})")
         names = [name for name, table in TABLES.items() if table.notebook == number]
-        for name in (*names, *OTHERS.get(number, ())):
-            file = results / "tables" / f"{name}.md"
-            if file.exists() or name in TABLES:
-                text = (
-                    file.read_text(encoding="utf-8").strip() if file.exists() else "Not measured."
-                )
-                heading = re.sub(r"Table(\d)", r"Table \1:", name.capitalize()).replace("_", " ")
-                parts.append(f"### {heading}\n\n{text}")
+        parts += [_table(results, name) for name in names]
+        parts += [
+            f"[{words}](tables/{name}.md)"
+            for name, words in OTHERS.get(number, {}).items()
+            if (results / "tables" / f"{name}.md").exists()
+        ]
         for figure, caption in _figures(results, notebook, number).items():
             parts.append(f"![{caption}](figures/{figure})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
+
+
+def workspace_of(results: Path) -> Workspace | None:
+    """The profile of a folder of results such as "quick" or "quick-visa", to be read alone."""
+    name, _, dataset = results.name.partition("-")
+    if name not in PROFILES or dataset not in ("", *DATASETS):
+        return None
+    profile = PROFILES[name]
+    if dataset:
+        profile = replace(profile, dataset=dataset, categories=DATASETS[dataset].categories)
+    return Workspace(profile, profile.categories, Places(results))
+
+
+def _table(results: Path, name: str) -> str:
+    """A table's heading, its result in a sentence, the first metric; the others are folded."""
+    heading = re.sub(r"Table(\d)", r"Table \1:", name.capitalize()).replace("_", " ")
+    table = read_table(results, name)
+    parts = [f"### {heading}", result(table, name)]
+    ours = table[table.groupby("category")["mean"].transform("count") > 0]
+    ours = ours.assign(stderr=np.nan, published_stderr=np.nan)  # no wider than a page
+    first, *others = [wide(ours, metric) for metric in ours["metric"].unique()] or [pd.DataFrame()]
+    if len(first):
+        beside = ", in brackets the paper's" if ours["published_mean"].notna().any() else ""
+        more = f"Ours{beside}. [With standard errors and how it was measured](tables/{name}.md)"
+        parts += [markdown(first), f"{more}."]
+    if others := [grid for grid in others if len(grid)]:
+        names = ", ".join(grid.columns.name.removesuffix(", %") for grid in others)
+        text = "\n\n".join(map(markdown, others))
+        parts.append(f"<details><summary>{names}</summary>\n\n{text}\n\n</details>")
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def _figures(results: Path, notebook, number: str) -> dict[str, str]:
@@ -156,10 +193,9 @@ def averages(results: Path) -> list[str]:
     """A sentence on Table 1's average and one on Table 2's, where they are measured."""
     found = []
     for name, method in (("table1_image_level", METHOD), ("table2_pixel_level", f"{METHOD}_patch")):
-        file, metric = results / "tables" / f"{name}.csv", f"{name[7:12]}_auroc"
-        table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=["metric"])
-        table = table[table["metric"] == metric]
-        for average in ("average_all", "average_measured") if len(table) else ():
+        table = read_table(results, name)
+        table = table[table["metric"] == TABLES[name].metrics[0]]
+        for average in ("average_all", "average_measured"):
             part = table[table["category"] == average].set_index("method")
             if pd.notna(part["mean"].get(method)):
                 found.append(_finding(table, part, method))

@@ -11,7 +11,7 @@ import pandas as pd
 from cplib.apps.workspace import ROOT
 from cplib.augment import METHODS
 from cplib.study.profiles import METHOD, PROFILES
-from cplib.study.published import markdown
+from cplib.study.report import markdown
 from cplib.study.store import read, run_folder
 
 TEMPLATE = ROOT / "docs" / "README.template.md"

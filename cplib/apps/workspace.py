@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from cplib import datasets
+from cplib.study.jobs import ENGINES
 from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
-from cplib.study.sweep import ENGINES, UsageError, Workspace
+from cplib.study.workspace import UsageError, Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,6 @@ untrained network in the trained one's place: where it holds, training is not wh
 hold.
 """
 
-from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 
@@ -19,113 +18,64 @@ from scipy.stats import t, ttest_1samp
 
 from cplib.datasets import DATASETS
 from cplib.run import BASELINES
-from cplib.study import features
-from cplib.study.published import NAMES, published, save_markdown, write_csv
-from cplib.study.sweep import Workspace
-from cplib.study.tables import (
-    METHOD,
-    MIXTURE,
-    TABLES,
-    all_runs,
-    density_metrics,
-    shortfalls,
-    values_of,
-)
+from cplib.study.paper import published
+from cplib.study.report import save_markdown, write_csv
+from cplib.study.tables import ALL, NAMES, TABLES, values
+from cplib.study.workspace import Workspace
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 WITHOUT_TRAINING = "holds without training"
 INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
-NOT_IMPLEMENTED = "not implemented"
 VERDICTS = (REPRODUCED, WITHOUT_TRAINING, NOT_REPRODUCED, INCONCLUSIVE, NOT_MEASURED)
-VERDICTS += (NOT_IMPLEMENTED,)
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
-LEVELS = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
+SEPARATION = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
 COLUMNS = ["id", "claim", "source", "verdict", "weakest", "effect", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "null", "null_effect", "null_low", "null_high", "null_categories"]
 COLUMNS += ["categories", "needed", "compared", "comparisons"]
 MOST_CATEGORIES = 1000  # of those that would decide a claim
 
-AVERAGES = {"textures": "average_texture"}  # the paper's, of a group
 _NOTHING, _EMPTY = pd.DataFrame(), pd.Series(dtype=float)
 
 Cells = dict[str, pd.Series]  # a row's mean over the seeds, by category
 Pair = tuple[str, str]
 
 
-def measured(workspace: Workspace) -> dict[str, pd.DataFrame]:
-    """The recorded values of every table that a claim is about. Nothing is trained or scored."""
-    records = replace(workspace, places=workspace.places._replace(read_only=True))
-    frames = {name: values_of(records, name) for name in CLAIMS["table"].unique() if name in TABLES}
-    return frames | {"features": _features(records), "density": _densities(records)}
+def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
+    """The recorded values of the tables that claims are about."""
+    return {name: values(workspace, name) for name in {*CLAIMS["table"]} & {*names}}
 
 
-def _features(workspace: Workspace) -> pd.DataFrame:
-    """AUROC between groups of features (Fig. 3): a row a run and pair of groups.
-
-    Against normal images by the Gaussian, between anomalies by a classifier. A baseline's pairs
-    are "untrained/normal/anomaly", the trained network's "normal/anomaly".
-    """
-    rows = []
-    for run in workspace.runs(features.STAGES):
-        found = features.record(run, workspace.places) or {"gaussian_auroc": {}, "pairs": {}}
-        values = {f"normal/{group}": value for group, value in found["gaussian_auroc"].items()}
-        for pair, numbers in found["pairs"].items():
-            if not pair.startswith("normal"):
-                values[pair.replace(" ", "/")] = numbers["classifier_auroc"]
-        stage = "" if run.method == METHOD else f"{run.method}/"
-        rows += [(stage + name, run.category, run.seed, value) for name, value in values.items()]
-    return pd.DataFrame(rows, columns=["method", "category", "seed", "auroc"]).astype(
-        {"auroc": float}
-    )
-
-
-def _densities(workspace: Workspace) -> pd.DataFrame:
-    """Image AUROC by one Gaussian and by a mixture (footnote 1), on the same features."""
-    rows = []
-    for run in workspace.runs((METHOD,)):
-        fits = density_metrics(run, workspace.places) or []
-        names = {f"{run.reg_covar:g}": "one", MIXTURE: "mixture"}
-        for fit in (f for f in fits if f["l2_normalise"] == run.l2_normalise):
-            if name := names.get(fit["covariance"]):
-                rows.append((name, run.category, run.seed, fit["image_auroc"]))
-    found = pd.DataFrame(rows, columns=["method", "category", "seed", "image_auroc"])
-    return found.astype({"image_auroc": float})  # None where a Gaussian cannot be fitted
-
-
-def verdicts(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> pd.DataFrame:
     """A row a claim: verdict, effect and its 95 % interval, the paper's effect, what is behind it.
 
-    ``effect`` is in percentage points: of several comparisons the smallest difference, along a
-    setting the largest; ``margin`` is the bound that counts where it is not zero;
-    ``paper_effect`` is the paper's of the same pair. Reproduced: every
-    interval lies above zero (along a setting: within the margin), and every comparison was
-    measured; holds without training: so does every interval of the null. Not reproduced: one lies
-    wholly below (beyond the margin). Else inconclusive, as with fewer than LEAST_CATEGORIES
-    categories; ``needed`` is how many would decide it if they were like those measured: one
-    comparison against the claim, or all for it.
+    ``effect`` (points) is the smallest difference of all comparisons; along a setting it is the
+    largest. ``margin`` is the difference that is still accepted. ``paper_effect`` is the paper's of
+    the same pair. Reproduced: every interval lies above zero (along a setting: within the margin),
+    and every comparison was measured. Holds without training: the same is true of the null. Not
+    reproduced: one interval lies wholly below zero (beyond the margin). All else is inconclusive,
+    as with fewer than LEAST_CATEGORIES categories; ``needed`` is how many categories like those
+    measured would decide it.
     """
-    rows = [_row(claim, frames) for claim in CLAIMS.itertuples()]
+    rows = [_row(claim, frames) for claim in claims.itertuples()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row = {"id": claim.id, "claim": claim.claim, "source": claim.source}
-    numbers = published(claim.table) if claim.table not in ("features", "density") else _NOTHING
+    numbers = published(claim.table) if claim.table in TABLES else _NOTHING
     printed = _cells(numbers, claim, "published_mean")
     cells = _cells(frames.get(claim.table, _NOTHING), claim, claim.metric)
     categories = sorted({c for found in cells.values() for c in found.index})
-    given = {name: pd.Series(level, categories) for name, level in LEVELS.items()}
+    given = {name: pd.Series(level, categories) for name, level in SEPARATION.items()}
     cells |= given | {name: printed[name] for name in QUOTED if name in printed}
     both_ways = not claim.order
     pairs = list(combinations(printed, 2)) if both_ways else _pairs(claim.order)
     margin = _margin(numbers, claim.setting) if both_ways else _tolerance(claim)
     row |= {"margin": margin if both_ways else -margin, "comparisons": len(pairs)}
     judged = _judge(pairs, _gaps(pairs, cells, claim.group), margin, both_ways)
-    if claim.table not in (*TABLES, "features", "density"):
-        judged["verdict"] = NOT_IMPLEMENTED
-    average = AVERAGES.get(claim.group, "average_all")
+    average = "average_texture" if claim.group == "textures" else "average_all"
     weakest = judged.get("weakest")
     row |= judged | {"paper_effect": _printed(pairs, weakest, printed, average, both_ways)}
     nulls = [_null(claim, baseline, cells) for baseline in BASELINES if claim.null]
@@ -263,7 +213,7 @@ def _printed(
 ) -> float:
     """The paper's difference of the weakest pair, by its averages; NaN where it prints none.
 
-    Where nothing was measured, of the weakest pair of its own.
+    If we measured nothing, it is the smallest difference in the paper itself.
     """
     means = {name: cells.get(average, np.nan) for name, cells in printed.items()}
     gaps = {
@@ -283,51 +233,51 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         row.claim: {
             "where": row.source,
             "verdict": row.verdict,
-            "difference [95 %]": _difference_text(row),
+            "difference [95 %]": _phrase(row, "; "),
             "the paper's": _signed(row.paper_effect),
-            "without training": _null_text(row),
-            "categories": _categories_text(row),
+            "without training": _phrase_null(row),
+            "categories": _needed(row),
         }
         for row in table.itertuples()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
 
 
-def _difference_text(row) -> str:
-    """The effect and its interval, the margin that counts, and which comparison is the weakest."""
-    if pd.isna(row.effect):
-        return ""
+def _phrase(row, link: str) -> str:
+    """The effect, its interval and the margin that counts; which comparison is the weakest."""
     text = _interval_text(row.effect, row.low, row.high)
-    text += "" if pd.isna(row.margin) else f", margin {_signed(row.margin)}"
-    if row.comparisons > 1:
-        text += f"; {_pair_text(row.weakest)}, the weakest of {row.compared}"
-    return text
+    text += "" if not text or pd.isna(row.margin) else f", margin {_signed(row.margin)}"
+    few = row.comparisons == 1 or not text
+    return text if few else f"{text}{link}{_pair(row.weakest)}, the weakest of {row.compared}"
 
 
-def _null_text(row) -> str:
+def _phrase_null(row) -> str:
     if pd.isna(row.null):
         return ""
     text = _interval_text(row.null_effect, row.null_low, row.null_high)
     others = row.null_categories != row.categories
     here = f", categories: {row.null_categories:.0f}" if others else ""
-    return f"{text}; {_pair_text(row.null)}{here}"
+    return f"{text}; {_pair(row.null)}{here}"
 
 
-def _pair_text(pair: str) -> str:
-    return " over ".join(map(_name_text, pair.split(" over ")))
-
-
-def _name_text(name: str) -> str:
-    """A method by its name; two groups of images (Figure 3) with "and", after their network's."""
-    *network, a, b = ["", *(NAMES.get(part, part) for part in name.split("/"))]
-    return f"{network[-1]}: {a} and {b}".removeprefix(": ") if "/" in name else b
+def _pair(text: str) -> str:
+    """Two methods by their names; groups of images (Fig. 3) with "and", after their network's."""
+    found = []
+    for name in text.split(" over "):
+        *network, a, b = ["", *(NAMES.get(part, part) for part in name.split("/"))]
+        found.append(f"{network[-1]}: {a} and {b}".removeprefix(": ") if "/" in name else b)
+    return " over ".join(found)
 
 
 def _interval_text(effect: float, low: float, high: float) -> str:
     return _signed(effect) + ("" if pd.isna(low) else f" [{_signed(low)}, {_signed(high)}]")
 
 
-def _categories_text(row) -> str:
+def _signed(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:+.1f}"
+
+
+def _needed(row) -> str:
     """How many categories were compared, and how many would decide what is inconclusive."""
     if pd.isna(row.needed):
         return str(row.categories or "")
@@ -335,31 +285,24 @@ def _categories_text(row) -> str:
     return f"{row.categories}; {enough} would decide"
 
 
-def _signed(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:+.1f}"
-
-
 def seen(workspace: Workspace, *names: str) -> str:
     """What was seen of the claims about these tables, as Markdown: verdicts first."""
-    table = verdicts(measured(workspace))
-    table = table[table["id"].isin(CLAIMS.loc[CLAIMS["table"].isin(names), "id"])]
-    lines = [f"- {_sentence(row)}" for row in table.itertuples()]
+    table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     head = "Differences are in points of AUROC, with a 95 % interval over categories in brackets; "
     head += "notebook 11 says how verdicts are made."
     if workspace.profile.dataset == "demo":
         head += " On the demo set a verdict illustrates, and is no evidence for the method."
-    return "\n".join([head, "", *lines])
+    return "\n".join([head, "", *(f"- {_sentence(row)}" for row in table.itertuples())])
 
 
 def _sentence(row) -> str:
-    text = f"**{row.verdict.capitalize()}**: {row.claim}"
+    parts = [f"**{row.verdict.capitalize()}**: {row.claim}"]
     if not pd.isna(row.effect):
-        text += f" {_interval_text(row.effect, row.low, row.high)} points"
-        if row.comparisons > 1:
-            text += f" ({_pair_text(row.weakest)}, the weakest of {row.compared})"
-        text += f", categories: {row.categories}"
-        text += "." if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}."
-    return text if pd.isna(row.null) else f"{text} Without training: {_null_text(row)}."
+        theirs = "" if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}"
+        parts.append(f"{_phrase(row, ' points; ')}; categories: {row.categories}{theirs}.")
+    if not pd.isna(row.null):
+        parts.append(f"Without training: {_phrase_null(row)}.")
+    return " ".join(parts)
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
@@ -374,7 +317,6 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
         f"there are fewer than {LEAST_CATEGORIES} categories; the last column then estimates how "
         "many categories like these would decide it."
     )
-    note = f"{note} {shortfalls(workspace, all_runs(workspace))}".strip()
     path = save_markdown(workspace.results, "claims", note, [readable(table)])
     write_csv(path.with_suffix(".csv"), table)
     return path.with_suffix(".csv")

@@ -15,48 +15,56 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from cplib import augment
+from cplib.augment import pasted_copies
 from cplib.datasets import Images
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet
-from cplib.run import BASELINES, Run
+from cplib.run import Run
 from cplib.score import Scorer, score_features
-from cplib.study.store import Places, cached
 from cplib.train import augmentation_kwargs
 
-STAGES = (*BASELINES, "cutpaste_3way")  # methods: before training, and after
 GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
 NUMBERS = ("classifier_auroc", "mixing", "silhouette")
 
 
-# The paper says none of this, the choices are ours.
-LIMIT = 120  # images of a group at most, evenly spread over the test set
-FOLDS = 5  # of the classifier's cross-validation
-NEIGHBOURS = 5  # looked at for the mixing
-PERPLEXITY = 30.0  # t-SNE's; less where there are fewer than 91 images
-UMAP_NEIGHBOURS = 15
-
-
-def record(run: Run, places: Places) -> dict | None:
-    """The features of an image-level run, compared and projected, kept beside it; else None.
+def features(
+    run: Run,
+    net: PretextNet,
+    train: Images,
+    test: Images,
+    *,
+    limit: int = 120,  # images of a group at most, evenly spread over the test set
+    folds: int = 5,  # of the classifier's cross-validation
+    neighbours: int = 5,  # looked at for the mixing
+    perplexity: float = 30.0,  # t-SNE's; less where there are fewer than 91 images
+    umap_neighbours: int = 15,
+) -> dict:
+    """The features of an image-level run, compared and projected. The paper names no constant.
 
     Holds ``gaussian_auroc`` of each group against the normal images (eq. 2), the ``pairs`` with
-    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. None,
-    too, with fewer than two normal or two anomalous test images.
+    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. Empty
+    with fewer than two normal or two anomalous test images.
     """
-
-    def compute(run: Run, net: PretextNet, train: Images, test: Images) -> dict:
-        if min(int((test.labels == k).sum()) for k in (0, 1)) < 2:
-            return {}
-        with _one_thread():
-            scorer = Scorer.fit(run, net, train.pixels)
-            groups = image_groups(run, test)
-            z = scorer.features(torch.cat(groups))
-            scores = score_features(scorer.density, z)[:, 0]
-            return describe(z[:, 0].split([len(g) for g in groups]), scores.numpy())
-
-    return cached(run, "features", compute, places) or None
+    if min(int((test.labels == k).sum()) for k in (0, 1)) < 2:
+        return {}
+    with _one_thread():
+        scorer = Scorer.fit(run, net, train.pixels)
+        groups = image_groups(run, test, limit)
+        z = scorer.features(torch.cat(groups))
+        scores = score_features(scorer.density, z)[:, 0].numpy()
+        parts = dict(zip(GROUPS, z[:, 0].split([len(g) for g in groups]), strict=True))
+        parts = {name: np.asarray(part) for name, part in parts.items()}
+        cuts = np.cumsum([len(z) for z in parts.values()])[:-1]
+        points = project(parts, perplexity, umap_neighbours)
+        points = {name: np.split(xy.T, cuts, 1) for name, xy in points.items()}
+        good, *others = np.split(scores, cuts)
+        aurocs = [auroc_between(good, other) for other in others]
+        apart = {f"{a} {b}": separability(parts[a], parts[b], folds, neighbours) for a, b in PAIRS}
+    record = {"gaussian_auroc": dict(zip(GROUPS[1:], aurocs, strict=True)), "pairs": apart}
+    for name, groups in points.items():
+        record[name] = {g: xy.tolist() for g, xy in zip(GROUPS, groups, strict=True)}
+    return record
 
 
 @contextlib.contextmanager
@@ -74,14 +82,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def image_groups(run: Run, test: Images) -> list[torch.Tensor]:
+def image_groups(run: Run, test: Images, limit: int) -> list[torch.Tensor]:
     """The four GROUPS, uint8 (N, 3, H, W) each: normal and anomalous test images, pasted copies.
 
     Every normal one has one copy of either kind, made as the run's training makes them, without the
     shift and the colour jitter that training gives to every image.
     """
-    normal, anomaly = (_spread(test.pixels[test.labels == k], LIMIT) for k in (0, 1))
-    return [normal, anomaly, *augment.pasted_copies(normal, augmentation_kwargs(run))]
+    normal, anomaly = (_spread(test.pixels[test.labels == k], limit) for k in (0, 1))
+    return [normal, anomaly, *pasted_copies(normal, augmentation_kwargs(run))]
 
 
 def _spread(pixels: torch.Tensor, limit: int) -> torch.Tensor:
@@ -90,43 +98,29 @@ def _spread(pixels: torch.Tensor, limit: int) -> torch.Tensor:
     return pixels[torch.arange(n) * len(pixels) // max(n, 1)]
 
 
-def describe(groups: list, scores: np.ndarray) -> dict:
-    """The numbers and the points of a record: features (N, D) of the GROUPS, and all their scores.
-
-    ``scores`` are the Gaussian's, in the order of the groups.
-    """
-    groups = dict(zip(GROUPS, map(np.asarray, groups), strict=True))
-    cuts = np.cumsum([len(z) for z in groups.values()])[:-1]
-    parts = dict(zip(GROUPS, np.split(np.asarray(scores), cuts), strict=True))
-    points = {name: np.split(xy.T, cuts, 1) for name, xy in project(groups).items()}
-    return {
-        "gaussian_auroc": {
-            g: auroc_between(parts["normal"], parts[g]) for g in GROUPS if g != "normal"
-        },
-        "pairs": {f"{a} {b}": separability(groups[a], groups[b]) for a, b in PAIRS},
-        **{k: {g: p.tolist() for g, p in zip(GROUPS, v, strict=True)} for k, v in points.items()},
-    }
-
-
-def project(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def project(
+    groups: dict[str, np.ndarray], perplexity: float, umap_neighbours: int
+) -> dict[str, np.ndarray]:
     """All groups' features on the plane, (N, 2), by t-SNE and by UMAP; both start from PCA.
 
     The same features and seed give the same points. ValueError for fewer than four images.
     """
-    from umap import UMAP  # here: it takes seconds, which a record saves
+    from umap import UMAP  # here: it takes seconds, which reading a record saves
 
     z = np.concatenate(list(groups.values()))
     n = len(z)
     if n < 4:
         raise ValueError(f"{n} images are too few to be projected")
     how = {"init": "pca", "random_state": 0, "n_jobs": 1}
-    tsne = TSNE(perplexity=min(PERPLEXITY, (n - 1) / 3), **how)
-    umap = UMAP(n_neighbors=min(UMAP_NEIGHBOURS, n - 1), **how)
+    tsne = TSNE(perplexity=min(perplexity, (n - 1) / 3), **how)
+    umap = UMAP(n_neighbors=min(umap_neighbours, n - 1), **how)
     made = {"tsne": tsne.fit_transform(z), "umap": umap.fit_transform(z)}
     return {name: xy.astype(float).round(2) for name, xy in made.items()}
 
 
-def separability(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+def separability(
+    a: np.ndarray, b: np.ndarray, folds: int = 5, neighbours: int = 5
+) -> dict[str, float | None]:
     """How far two groups of features (N, D) lie apart; None where one has fewer than two.
 
     ``classifier_auroc``, percent, of a cross-validated logistic regression that tells them apart,
@@ -137,11 +131,11 @@ def separability(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
     if min(len(a), len(b)) < 2:
         return dict.fromkeys(NUMBERS)
     x, y = np.concatenate([a, b]), np.repeat([0, 1], [len(a), len(b)])
-    folds = StratifiedKFold(min(FOLDS, len(a), len(b)), shuffle=True, random_state=0)
+    parts = StratifiedKFold(min(folds, len(a), len(b)), shuffle=True, random_state=0)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    auroc = cross_val_score(model, x, y, cv=folds, scoring="roc_auc").mean()
-    values = 100 * auroc, 100 * _mixing(x, y, NEIGHBOURS), silhouette_score(x, y)
-    return dict(zip(NUMBERS, map(float, values), strict=True))
+    auroc = cross_val_score(model, x, y, cv=parts, scoring="roc_auc").mean()
+    found = 100 * auroc, 100 * _mixing(x, y, neighbours), silhouette_score(x, y)
+    return dict(zip(NUMBERS, map(float, found), strict=True))
 
 
 def _mixing(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from cplib.augment import METHODS, pretext_batch
 from cplib.datasets import DEMO, MVTEC, atomic
-from cplib.study.published import NAMES
+from cplib.study.tables import NAMES
 
 PALETTE = sns.color_palette("colorblind")
 _MARKED = {name: i for i, name in enumerate(DEMO.categories)}
@@ -132,7 +132,7 @@ VERDICT_MARKS = {
 
 
 def forest(table, limit: float = 40.0) -> Figure:
-    """Verdicts of claims, as ``cplib.claims`` gives them: effects with intervals, by source.
+    """Verdicts of claims, as ``study.claims`` gives them: effects with intervals, by source.
 
     Percentage points; an arrow stands where something lies beyond ``limit`` on either side.
     """
@@ -179,7 +179,7 @@ def _forest_legend() -> tuple[list, list]:
 def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
     """Image AUROC of methods: a mark a category, a line for their mean.
 
-    ``grid`` has a row a category and a column a method, as ``published.common`` gives it.
+    ``grid`` has a row a category and a column a method, as ``report.common`` gives it.
     """
     fig, ax = plt.subplots(figsize=(1.2 * grid.shape[1] + 3, 3.6))
     for category, row in grid.iterrows():

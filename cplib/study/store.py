@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,16 +56,12 @@ TIMING = ("device", "precision", "train_seconds", "images_per_second")
 
 
 class Places(NamedTuple):
-    """Where runs, images and ImageNet weights are, and on which device work is done.
-
-    ``read_only``: stored records are read, and none is computed.
-    """
+    """Where runs, images and ImageNet weights are, and on which device work is done."""
 
     results: Path
     data: Path | None = None
     weights: Path | None = None
     device: str = "cpu"
-    read_only: bool = False
 
 
 class Stock(NamedTuple):
@@ -268,14 +264,14 @@ def stock(planned: Iterable[Run], places: Places) -> Stock:
     return found
 
 
-def collect(planned: Iterable[Run], places: Places) -> pd.DataFrame:
-    """The finished ones of the planned runs, a row each: id, fields, metrics, seconds.
+def frame(runs: Iterable[Run], places: Places) -> pd.DataFrame:
+    """The finished ones of the runs, a row each: id, fields, metrics, seconds.
 
     ``precision`` is the recorded one.
     """
     rows = [
         {"id": run.id, **asdict(run), **metrics, **{k: record[k] for k in TIMING}}
-        for run, (record, metrics) in stock(planned, places).finished.items()
+        for run, (record, metrics) in stock(runs, places).finished.items()
     ]
     columns = ["id", *Run.__annotations__, *IMAGE_METRICS, *PIXEL_METRICS, PEAK, *TIMING]
     return pd.DataFrame(rows, columns=list(dict.fromkeys(columns)))
@@ -303,31 +299,13 @@ def load_network(run: Run, places: Places) -> PretextNet | None:
     except (SafetensorError, RuntimeError, LookupError) as error:
         reason = f"expected the run's tensors ({type(error).__name__})"
         raise ValueError(f"{file}: {reason}") from None
-    return net.to(places.device).eval()
+    return net.to(places.device, memory_format=torch.channels_last).eval()
 
 
-def cached(
-    run: Run,
-    name: str,
-    compute: Callable[[Run, PretextNet, datasets.Images, datasets.Images], dict],
-    places: Places,
-) -> dict | None:
-    """Metrics computed after training, ``compute(run, net, train, test)``, kept as ``<name>.json``.
-
-    None where the run is not finished, or neither they nor the network and the images are there.
-    A file that is no record is made again.
-    """
-    if run not in stock([run], places).finished:
-        return None
-    file = run_folder(run, places.results) / f"{name}.json"
-    if (found := read_record(file)) is not None:
-        return found
-    net = None if places.read_only or places.data is None else load_network(run, places)
-    if net is None:
-        return None
-    load = (datasets.load(places.data, run.category, s, run.size) for s in ("train", "test"))
-    write_json(file, compute(run, net, *load))
-    return read_record(file)
+def measured(run: Run, name: str, results: str | Path) -> dict | None:
+    """What a measure found of a run (``measures.py``), without its constants; else None."""
+    found = read_record(run_folder(run, results) / f"{name}.json")
+    return found and {k: v for k, v in found.items() if k != "constants"}
 
 
 def read_record(file: Path) -> dict | None:

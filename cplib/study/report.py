@@ -1,62 +1,28 @@
-"""The paper's numbers, and ours beside them: tidy tables, and as the paper prints them."""
+"""Ours beside the paper's: means, averages, and each table as CSV and as Markdown."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from cplib.datasets import DEMO, MVTEC, atomic, write_text
-from cplib.study.synthetic import SYNTHETIC
-
-TABLES = {p.stem: p for p in sorted((Path(__file__).parent / "paper").glob("table*.csv"))}
-AVERAGES = ("average_texture", "average_object", "average_all", "average_measured")
-TEXT = Path(__file__).parent / "paper" / "text_numbers.csv"  # averages that the paper's text gives
-ROW = ["method", "setting", "value"]  # what a row of a table is; the last two of Tables 7 and 8
-KEYS = [*ROW, "category", "metric"]
-PUBLISHED = ["published_mean", "published_stderr"]
-
-
-class Names(dict):
-    """Words for methods and the like; a name without words of its own is read as it is."""
-
-    def __missing__(self, name: str) -> str:
-        return name.replace("_", " ")
-
-
-NAMES = Names(
-    {
-        "anomaly": "real anomaly",
-        "untrained": "random network",
-        "pretrained": "ImageNet features",
-        "rotation": "Rotation",
-        "cutout": "Cutout",
-        "cutout_mean": "Cutout (mean)",
-        "cutout_color": "Cutout (random colour)",
-        "scar": "Scar",
-        "confetti": "Confetti",
-        "cutpaste": "CutPaste",
-        "cutpaste_scar": "CutPaste-scar",
-        "cutpaste_union": "Binary (union)",
-        "cutpaste_3way": "CutPaste-3way",
-        "pool_pretrained": "ImageNet, pooled",
-        "pool_finetuned": "finetuned, pooled",
-        "level7_pretrained": "ImageNet, level 7",
-        "level7_finetuned": "finetuned, level 7",
-        "cutpaste_3way_patch": "CutPaste-3way (patch)",
-        "cutpaste_3way_patch_shared": "CutPaste-3way (patch, one Gaussian)",
-        "cutpaste_3way_patch_wide": "CutPaste-3way (patch, windows of crop size)",
-        "cutpaste_3way_patch_longer": "CutPaste-3way (patch, four times as long)",
-        "untrained_shared": "random network (one Gaussian)",
-        "untrained_ensemble": "random networks, ensemble",
-        "one": "one Gaussian",
-        "mixture": "mixture",
-        "cutpaste_3way_gradcam": "CutPaste-3way (GradCAM)",
-        "ensemble": "Ensemble",
-        "docc": "DOCC (quoted)",
-        "u_student": "U-Student (quoted)",
-        "p_svdd": "P-SVDD (quoted)",
-        "fcdd": "FCDD (quoted)",
-    }
+from cplib import datasets
+from cplib.datasets import atomic, write_text
+from cplib.run import Run
+from cplib.study.paper import (
+    AVERAGES,
+    KEYS,
+    PRINTED,
+    PUBLISHED,
+    ROW,
+    groups,
+    in_order,
+    published,
+    with_settings,
 )
+from cplib.study.profiles import METHOD
+from cplib.study.tables import NAMES, SCORES, TABLES, plan, planned, rows_of
+from cplib.study.workspace import Workspace
+
 METRIC_NAMES = {
     "image_auroc": "image AUROC",
     "image_ap": "image average precision",
@@ -66,50 +32,60 @@ METRIC_NAMES = {
     "aupro_30": "AUPRO up to 30 % of false positives",
     "aupro_05": "AUPRO up to 5 % of false positives",
 }
+HEADLINES = ("cutpaste_3way_patch", METHOD)  # rows that a table's sentence is about
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
 
 
-def published(table: str) -> pd.DataFrame:
-    """The paper's numbers, percent: KEYS, published_mean, published_stderr.
-
-    ``table`` is a name such as ``table1_image_level``; KeyError for one that the paper lacks. What
-    only the text says (GradCAM's average, CIFAR-10's) stands with the table that it belongs to. In
-    Table 7 a ``value`` is a multiple of the protocol's own learning rate or length.
-    """
-    text = pd.read_csv(TEXT).query("table == @table").drop(columns="table")
-    if table not in TABLES and text.empty:
-        raise KeyError(table)
-    parts = [pd.read_csv(TABLES[table], dtype={"value": str})] if table in TABLES else []
-    found = pd.concat([*parts, text] if len(text) else parts, ignore_index=True)
-    return with_settings(found)[[*KEYS, *PUBLISHED]]
+def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table (COLUMNS) of measured values, ours beside the paper's; saved, too."""
+    table = TABLES[name]
+    paper = datasets.DATASETS[workspace.profile.dataset].published and name in PRINTED
+    rows = [row.cell for row in rows_of(workspace.profile, name)]
+    tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
+    save_table(tidy, workspace.results, name, caption(workspace, name, values))
+    return tidy
 
 
-def groups(categories) -> dict[str, list[str]]:
-    """The averages of the paper's tables and the categories under each.
+def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
+    """A line above a table: in what its training differs from Table 1's, and its seeds."""
+    profile, table, used = workspace.profile, TABLES[name], {*values["id"]}
+    trained = [(row, run) for row, run in plan(workspace, name) if run.id in used]
+    trained = [(row, run) for row, run in trained if run.needs_training]
+    parts = [f"Profile {profile.name}"]
+    own = [run for row, run in trained if row.measure == SCORES and not row.changes]
+    if own and not table.axes:
+        other = differing(own[-1], profile.run(own[-1].method, own[-1].category))
+        parts += [", ".join(f"{k} {v}" for k, v in other.items())] if other else []
+    parts += ["one setting is changed in each row"] if table.axes else []
+    parts += [f"seeds: {seeds}" if (seeds := _seeds(values)) else "nothing was measured"]
+    parts += [] if trained else ["nothing was trained for this table"]
+    return f"{'; '.join(parts)}. {table.note}".strip()
 
-    For the demo set these are its own textures and objects; Table 6's kinds have one average.
-    ``average_measured`` is there when only some of MVTec's categories are: an average that the
-    paper does not print. Any other data set has one average of its categories.
-    """
-    if {*categories} & {*SYNTHETIC}:
-        return {"average_all": list(SYNTHETIC)}
-    data = next((d for d in (DEMO, MVTEC) if set(categories) <= set(d.categories)), None)
-    if data is None:
-        return {"average_all": sorted(categories)}
-    found = {
-        "average_texture": list(data.textures),
-        "average_object": list(data.objects),
-        "average_all": list(data.categories),
-    }
-    if set(categories) < set(found["average_all"]):
-        found["average_measured"] = [c for c in found["average_all"] if c in set(categories)]
-    return found
+
+def differing(run: Run, base: Run) -> dict[str, object]:
+    """The fields of a run's protocol that have another value than another run's."""
+    no_protocol = {"method", "category", "seed", "dataset", "curve"}
+    fields, others = asdict(run), asdict(base)
+    return {k: v for k, v in fields.items() if v != others[k] and k not in no_protocol}
+
+
+def _seeds(values: pd.DataFrame) -> str:
+    """How many seeds a cell has, and which methods have fewer or more: "3; 1: Confetti"."""
+    found = values[~values["method"].str.contains("pretrained|ensemble")]
+    found = found.groupby(["method", "source" if "source" in found else "category"], sort=False)
+    words = {}
+    for method, counts in found["seed"].nunique().groupby("method", sort=False):
+        text = " to ".join(map(str, sorted({counts.min(), counts.max()})))
+        words.setdefault(text, []).append(NAMES[method])
+    most = max(words, key=lambda text: len(words[text]), default="")
+    others = [f"{text}: {', '.join(names)}" for text, names in words.items() if text != most]
+    return "; ".join([most, *others])
 
 
 def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
     """Mean, standard error and number of seeds for every row, category and metric.
 
-    ``runs`` has a row a run, as ``collect`` gives them (and ``setting``, ``value``), or an
+    ``runs`` has a row a run, as ``tables.values`` gives them, or an
     ensemble of ``members`` of them. The standard error of one value is empty. Where a ``source``
     stands beside the category, a seed's value is its mean over the sources.
     """
@@ -149,12 +125,6 @@ def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFra
     return pd.concat(rows, ignore_index=True)
 
 
-def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the columns ``setting`` and ``value``, empty where they have none."""
-    missing = {name: "" for name in ROW[1:] if name not in runs}
-    return runs.assign(**missing).fillna(dict.fromkeys(ROW[1:], ""))
-
-
 def against_paper(
     runs: pd.DataFrame,
     table: str,
@@ -180,14 +150,6 @@ def against_paper(
     both = both[both["row"].isin(rows)]
     order = {"row": rows, "category": in_order(both["category"]), "metric": metrics}
     return _sorted(both, **order).drop(columns="row")
-
-
-def in_order(categories) -> list[str]:
-    """Categories as the paper lists them, each group's average behind it, unknown ones last."""
-    textures, objects = MVTEC.textures + DEMO.textures, MVTEC.objects + DEMO.objects
-    known = [*textures, AVERAGES[0], *objects, *SYNTHETIC]
-    own = sorted({*categories} - {*known, *AVERAGES})
-    return [c for c in (*known, *own, *AVERAGES[1:]) if c in {*categories}]
 
 
 def _average_measured(paper: pd.DataFrame, measured: list[str]) -> pd.DataFrame:
@@ -231,8 +193,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
         measured -= {*AVERAGES}
     columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
-    grid = grid.rename(columns={"average_measured": "average of the measured"})
-    grid = grid.rename(columns=lambda name: name.replace("_", " "))
+    grid = grid.rename(columns=lambda name: NAMES[name])
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 
 
@@ -287,3 +248,91 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table of numbers, four digits behind the point."""
     with atomic(path) as part:
         table.to_csv(part, index=False, float_format="%.4f")
+
+
+def read_table(results: str | Path, name: str) -> pd.DataFrame:
+    """A table as ``save_table`` wrote it; empty where there is none."""
+    file = Path(results) / "tables" / f"{name}.csv"
+    if not file.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    return with_settings(pd.read_csv(file, dtype={"value": str}))
+
+
+# A profile in words: its protocol, and the result of a table
+
+
+def protocol(workspace: Workspace) -> str:
+    """What a profile changes of the paper's protocol, and with what it was measured: Markdown."""
+    finished = workspace.finished(planned(workspace))
+    records = {run: record for run, (record, _) in finished.items()}
+    if not records:
+        return ""
+    run = workspace.profile.run(METHOD, next(iter(records)).category)
+    paper = Run(method=METHOD, category=run.category)
+    rows = {k: [getattr(paper, k), v] for k, v in differing(run, paper).items()}
+    grid = pd.DataFrame.from_dict(rows, orient="index", columns=["the paper", "here"])
+    trained = [record for run, record in records.items() if run.needs_training]
+    precisions, devices = (
+        " and ".join(sorted({r[key] for r in trained})) for key in ("precision", "device")
+    )
+    files = ", ".join(sorted({r["weights"]["file"] for r in records.values() if r["weights"]}))
+    text = f"Training was in {precisions or 'no precision'} ({devices or 'nothing was trained'}); "
+    text += "scores are computed in fp32."
+    text += f" ImageNet weights: `{files}`." if files else ""
+    parts = [markdown(grid.rename_axis("field of `Run`")), text, markdown(_images(records))]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _images(records: dict[Run, dict]) -> pd.DataFrame:
+    """The numbers of images of each category, and of MVTec AD's where fewer were at hand."""
+    here = {run.category: record["images"] for run, record in records.items()}
+    data, rows = datasets.DATASETS[next(iter(records)).dataset], {}
+    for name in in_order(here):
+        rows[name] = {"size, px": "x".join(map(str, here[name]["size"]))}
+        for sort in ("train", "normal", "anomalous"):
+            found = here[name][sort]
+            official = getattr(data, sort)[data.categories.index(name)] if data.train else found
+            rows[name][sort] = found if found == official else f"{found} (of {official})"
+        rows[name]["masks"] = here[name]["masks"]
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("images")
+
+
+def result(table: pd.DataFrame, name: str) -> str:
+    """A table's result in a sentence: beside the paper's numbers, or which rows are the ends."""
+    metric = TABLES[name].metrics[0]
+    table = table[table["metric"] == metric].dropna(subset="mean")
+    if table.empty:
+        return "Nothing is measured yet."
+    cells = table[~table["category"].str.startswith("average")].dropna(subset="published_mean")
+    if main := next((m for m in HEADLINES if m in {*cells["method"]}), None):
+        return _beside_paper(cells[cells["method"] == main], main)
+    category = next(
+        (c for c in AVERAGES[::-1] if c in {*table["category"]}), table["category"].iloc[0]
+    )
+    groups = table[table["category"] == category].groupby("setting", sort=False)
+    said = [_ends(rows, setting) for setting, rows in groups if len(rows) > 1]
+    where = f"{METRIC_NAMES[metric]}, {NAMES[category]}"
+    return f"{where}: {'; '.join(said) or 'only one row is measured'}."
+
+
+def _beside_paper(cells: pd.DataFrame, method: str) -> str:
+    gaps = cells.set_index("category").eval("mean - published_mean").round(1)
+    said = {"reaches the paper's numbers on": gaps >= 0, "falls short of them on": gaps < 0}
+    parts = []
+    for words, chosen in said.items():
+        found = gaps[chosen].sort_values(ascending=False)
+        named = ", ".join(f"{NAMES[c]} ({gap:+.1f})" for c, gap in found.items())
+        parts += [f"{words} {named}"] if named else []
+    text = "; it ".join(parts).replace(
+        "short of them", "short of the paper" if len(parts) == 1 else "short"
+    )
+    return f"{NAMES[method]} {text} (points)."
+
+
+def _ends(rows: pd.DataFrame, setting: str) -> str:
+    """The highest and the lowest of a table's rows, or of those along one setting."""
+    names = rows["value"] if setting else rows["method"].map(lambda method: NAMES[method])
+    best, worst = rows["mean"].idxmax(), rows["mean"].idxmin()
+    ends = [f"{names[i]} ({rows.loc[i, 'mean']:.1f})" for i in (best, worst)]
+    head = f"{setting.replace('_', ' ')}: " if setting else ""
+    return f"{head}highest with {ends[0]}, lowest with {ends[1]}"

@@ -31,10 +31,11 @@ from cplib.metrics import image_metrics
 from cplib.model import weights_file
 from cplib.run import Run
 from cplib.score import Scorer
-from cplib.study import store, sweep
+from cplib.study import jobs, measures, store
+from cplib.study.jobs import by_training, estimate, execute, execute_all, rerun
 from cplib.study.profiles import PROFILES
-from cplib.study.store import Places, checkpoint_file, collect, load_network, run_folder, stock
-from cplib.study.sweep import Workspace, by_training, estimate, execute, execute_all, rerun
+from cplib.study.store import Places, checkpoint_file, frame, load_network, run_folder, stock
+from cplib.study.workspace import UsageError, Workspace
 
 SMALL = {"dataset": "demo", "size": 64, "updates": 8, "sources": 2, "precision": "fp32"}
 SIEVE = Run(method="cutpaste", category="sieve", curve=2, **SMALL)
@@ -45,7 +46,7 @@ RUNS = [SIEVE, BRICK, SECOND]
 FILES = {"history.csv", "metrics.json", "run.json", "scores.csv"}  # of a patch model one more
 # Processes of their own start from one that has imported torch already.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cplib.study.sweep"])
+PROCESSES.set_forkserver_preload(["cplib.study.jobs"])
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,9 @@ def undisturbed(demo_root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def places(demo_root, tmp_path) -> Places:
-    """The demo set, and results of its own for each test."""
+def places(demo_root, tmp_path, monkeypatch) -> Places:
+    """The demo set, and results of its own for each test; one process executes."""
+    monkeypatch.setenv("CPLIB_JOBS", "1")
     return Places(tmp_path / "results", demo_root)
 
 
@@ -77,7 +79,7 @@ def half_done(places, monkeypatch) -> Places:
     with monkeypatch.context() as patch:
         patch.setenv("CPLIB_CHECKPOINT_SECONDS", "0")
         patch.setattr(train, "step", lambda *a: (next(updates), step(*a))[1])
-        (outcome,) = execute_all([SIEVE], places, jobs=1)
+        (outcome,) = execute_all([SIEVE], places)
     assert outcome.state == "failed"
     assert checkpoint_file(SIEVE, places.results).exists()
     return places
@@ -233,8 +235,8 @@ def test_an_anomalous_image_whose_mask_marks_nothing_is_in_no_pixel_metric():
     pixels, kinds, names = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), 4 * ("x",), tuple("abcd")
     test = datasets.Images(pixels, labels, kinds, masks, names)
     three = datasets.Images(pixels[:3], labels[:3], kinds[:3], masks[:3], names[:3])
-    found = sweep.pixel_level_metrics(UNTRAINED, test, maps)
-    assert found == sweep.pixel_level_metrics(UNTRAINED, three, maps[:3])
+    found = measures.pixel_level(UNTRAINED, test, maps)
+    assert found == measures.pixel_level(UNTRAINED, three, maps[:3])
 
 
 # Killed
@@ -305,7 +307,7 @@ def test_killed_at_the_worst_moment_nothing_is_lost_or_left(undisturbed, places,
     assert not run_folder(BRICK, places.results).exists()
     for part in parts:
         os.utime(part, (time.time() - 2 * store.STALE,) * 2)
-    execute_all([BRICK], places, jobs=1)
+    execute_all([BRICK], places)
     assert_same(places.results, undisturbed, [BRICK])
     assert left_behind(places.results) == []
 
@@ -313,10 +315,10 @@ def test_killed_at_the_worst_moment_nothing_is_lost_or_left(undisturbed, places,
 def share(pipe, places) -> None:
     """Execute all runs as soon as something is said, and answer with what became of them."""
     torch.set_num_threads(1)
-    os.environ["CPLIB_CHECKPOINT_SECONDS"] = "0"
+    os.environ |= {"CPLIB_CHECKPOINT_SECONDS": "0", "CPLIB_JOBS": "1"}
     pipe.send("ready")
     pipe.recv()
-    pipe.send([(o.state, o.message) for o in execute_all(RUNS, places, jobs=1)])
+    pipe.send([(o.state, o.message) for o in execute_all(RUNS, places)])
 
 
 def test_two_processes_share_one_results_folder(undisturbed, places):
@@ -338,13 +340,15 @@ def test_processes_beside_each_other_give_the_same_bytes_in_the_order_asked(
 ):
     monkeypatch.chdir(places.results.parent)
     relative = Places(Path("results"), Path(os.path.relpath(places.data)))
-    outcomes = execute_all(RUNS, relative, jobs=2)
+    monkeypatch.setenv("CPLIB_JOBS", "2")
+    outcomes = execute_all(RUNS, relative)
     assert states(outcomes) == [(run, "done") for run in RUNS]
     assert_same(places.results, undisturbed)
     assert "3 of 3 done" in capsys.readouterr().out
 
 
-def test_a_process_that_the_system_ends_is_a_failed_run(places):
+def test_a_process_that_the_system_ends_is_a_failed_run(places, monkeypatch):
+    monkeypatch.setenv("CPLIB_JOBS", "2")
     over = threading.Event()
 
     def kill_workers():
@@ -355,7 +359,7 @@ def test_a_process_that_the_system_ends_is_a_failed_run(places):
 
     threading.Thread(target=kill_workers, daemon=True).start()
     todo = [replace(SIEVE, updates=100_000, curve=0, seed=seed) for seed in range(2)]
-    outcomes = execute_all(todo, places, jobs=2)
+    outcomes = execute_all(todo, places)
     over.set()
     assert states(outcomes) == [(run, "failed") for run in todo]
     assert all("its process died" in o.message for o in outcomes)
@@ -367,7 +371,7 @@ def test_a_failing_run_names_its_file_and_the_others_finish(undisturbed, places)
     victim.write_bytes(victim.read_bytes()[:-2000])
     bad, nowhere = (replace(BRICK, category=category) for category in ("sieve", "nut"))
     order = [bad, SECOND, nowhere, BRICK, SECOND]
-    outcomes = execute_all(order, places._replace(data=root), jobs=1)
+    outcomes = execute_all(order, places._replace(data=root))
     expected = [(bad, "failed"), (SECOND, "done"), (nowhere, "failed"), (BRICK, "done")]
     assert states(outcomes) == expected
     assert str(victim) in outcomes[0].message
@@ -380,12 +384,12 @@ def test_a_budget_stops_cleanly_and_another_call_finishes(undisturbed, places, m
     step = train.step
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", lambda *a: (time.sleep(0.3), step(*a))[1])
-        first = execute_all(RUNS, places, budget=1.0, jobs=1)
+        first = execute_all(RUNS, places, budget=1.0)
     assert states(first) == [(run, "out of time") for run in RUNS]
     assert f"{SIEVE.id}: " in first[0].message and "of 8 updates done" in first[0].message
     assert [o.message for o in first[1:]] == ["not started"] * 2
     assert not (places.results / "runs").exists()
-    assert states(execute_all(RUNS, places, jobs=1)) == [(run, "done") for run in RUNS]
+    assert states(execute_all(RUNS, places)) == [(run, "done") for run in RUNS]
     assert_same(places.results, undisturbed)
     assert left_behind(places.results) == []
 
@@ -395,7 +399,7 @@ def test_a_run_that_is_there_is_not_repeated_and_needs_no_data(copied):
     assert stock([*RUNS, BRICK], copied).todo == [BRICK]
     stored = run_folder(SIEVE, copied.results) / "run.json"
     before = stored.stat().st_mtime_ns
-    assert states(execute_all(RUNS, copied, jobs=1)) == [(BRICK, "done")]
+    assert states(execute_all(RUNS, copied)) == [(BRICK, "done")]
     assert stored.stat().st_mtime_ns == before
     assert execute_all(RUNS, copied._replace(data=None)) == []
     assert execute(SIEVE, copied._replace(data=None)) == stored.parent
@@ -430,7 +434,7 @@ def test_as_many_jobs_share_gpus_as_memories_and_cores_hold(
     monkeypatch.setattr(os, "sysconf", size.get)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     make_gpus(monkeypatch, memories)
-    assert sweep.jobs_here("cuda", 1) == expected
+    assert jobs.jobs_here("cuda") == expected
 
 
 def make_gpus(monkeypatch, gigabytes):
@@ -455,7 +459,7 @@ def make_gpus(monkeypatch, gigabytes):
 def test_jobs_go_round_the_gpus_of_the_machine(monkeypatch, device, expected):
     make_gpus(monkeypatch, [24, 24, 24])
     options = {"places": Places(Path(), device=device)}
-    assert [sweep.on_device(options, i)["places"].device for i in range(4)] == expected
+    assert [jobs.on_device(options, i)["places"].device for i in range(4)] == expected
 
 
 # Runs that share a training
@@ -466,11 +470,13 @@ TWIN = replace(PATCH, gaussians="shared")
 
 
 def test_runs_of_one_training_are_one_job_and_the_noted_curve_comes_first():
-    assert by_training([PATCH, BRICK, TWIN, SIEVE]) == [[SIEVE, PATCH, TWIN], [BRICK]]
+    wanted = dict.fromkeys([PATCH, BRICK, TWIN, SIEVE], ())
+    assert [[*job] for job in by_training(wanted)] == [[SIEVE, PATCH, TWIN], [BRICK]]
 
 
-def test_two_workers_train_the_network_of_two_runs_once(undisturbed, places):
-    outcomes = execute_all([PATCH, TWIN, SIEVE], places, jobs=2)
+def test_two_workers_train_the_network_of_two_runs_once(undisturbed, places, monkeypatch):
+    monkeypatch.setenv("CPLIB_JOBS", "2")
+    outcomes = execute_all([PATCH, TWIN, SIEVE], places)
     assert states(outcomes) == [(run, "done") for run in (PATCH, TWIN, SIEVE)]
     records = [store.read(run_folder(run, places.results))[1] for run in (PATCH, TWIN, SIEVE)]
     assert len({record["train_seconds"] for record in records}) == 1  # of the one checkpoint
@@ -487,7 +493,7 @@ def test_a_part_that_another_process_writes_is_left_and_an_old_one_removed(place
     young.touch(), old.touch()
     for path in (old, half):
         os.utime(path, (time.time() - 2 * store.STALE,) * 2)
-    assert states(execute_all([BRICK], places, jobs=1)) == [(BRICK, "done")]
+    assert states(execute_all([BRICK], places)) == [(BRICK, "done")]
     assert left_behind(places.results) == [young.name]
 
 
@@ -504,25 +510,24 @@ def test_a_run_counts_for_its_images_and_another_ones_folder_is_replaced_when_fi
     shutil.copy(first, second)
     there, before = copied._replace(data=other), run_folder(SIEVE, copied.results)
     kept = (before / "scores.csv").read_bytes()
-    (before / "extra.json").write_text("{}")
-    assert store.cached(SIEVE, "extra", None, copied) == {}
+    (before / "gradcam.json").write_text("{}")
     found = stock(RUNS, there)
     assert (list(found.finished), list(found.outdated)) == ([BRICK, SECOND], [SIEVE])
-    assert store.cached(SIEVE, "extra", None, there._replace(read_only=True)) is None
     assert load_network(SIEVE, there) is None
-    line = Workspace(here, ("sieve",), there).outdated(RUNS)
+    planned = {run: [] for run in RUNS}
+    (line,) = Workspace(here, ("sieve",), there).remarks(planned)
     assert line.startswith("1 stored runs of sieve were measured on other images")
     assert f"hours of one device (as on {store.read(before)[1]['device']})" in line
     assert "CPLIB_RESULTS" in line
-    assert Workspace(here, ("sieve",), copied).outdated(RUNS) == ""
+    assert Workspace(here, ("sieve",), copied).remarks(planned) == []
     assert list(stock(RUNS, copied._replace(data=None)).finished) == RUNS
 
     with monkeypatch.context() as patch:  # what does not finish replaces nothing
         patch.setattr(store, "save_file", Mock(side_effect=OSError("no room")))
-        patch.setattr(sweep, "assess", Mock(side_effect=ValueError("no scores")))
-        assert states(execute_all([SIEVE], there, jobs=1)) == [(SIEVE, "failed")]
+        patch.setattr(jobs, "scores", Mock(side_effect=ValueError("no scores")))
+        assert states(execute_all([SIEVE], there)) == [(SIEVE, "failed")]
     assert (before / "scores.csv").read_bytes() == kept
-    assert states(execute_all(RUNS, there, jobs=1)) == [(SIEVE, "done")]
+    assert states(execute_all(RUNS, there)) == [(SIEVE, "done")]
     fresh = execute(SIEVE, there._replace(results=copied.results.parent / "fresh"))
     assert (before / "scores.csv").read_bytes() == (fresh / "scores.csv").read_bytes() != kept
     assert set(os.listdir(before)) == FILES
@@ -555,27 +560,11 @@ def test_a_run_without_a_readable_record_is_named_and_left(copied):
     assert (list(found.finished), found.todo) == ([BRICK, SECOND], [])
 
 
-def test_what_is_kept_beside_a_run_is_made_again_where_it_cannot_be_read(copied):
-    file = run_folder(SIEVE, copied.results) / "extra.json"
-    for content in ("", "[1]"):
-        file.write_text(content)
-        with pytest.warns(UserWarning, match=str(file)):
-            assert store.cached(SIEVE, "extra", lambda *_: {"a": 1}, copied) == {"a": 1}
-        assert json.loads(file.read_text()) == {"a": 1}
-
-
 def test_training_needs_data(copied):
-    with pytest.raises(sweep.UsageError, match="1 runs need data"):
-        Workspace(PROFILES["smoke"], ("sieve",), copied._replace(data=None)).execute([UNTRAINED])
-
-
-def test_seeds_that_were_measured_before_are_shown(copied):
-    smoke = replace(PROFILES["smoke"], protocol={**SMALL, "updates": 4}, categories=("brick",))
-    smoke = replace(smoke, protocol={k: v for k, v in smoke.protocol.items() if k != "dataset"})
-    workspace = Workspace(smoke, ("brick",), copied)
-    assert workspace.runs(["cutpaste"]) == [BRICK, SECOND]
-    shutil.rmtree(run_folder(SECOND, copied.results))
-    assert workspace.runs(["cutpaste"]) == [BRICK]
+    with pytest.raises(UsageError, match="1 runs need data"):
+        Workspace(PROFILES["smoke"], ("sieve",), copied._replace(data=None)).execute(
+            {UNTRAINED: []}
+        )
 
 
 def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
@@ -584,13 +573,13 @@ def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # does not know the file's name
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", Mock(side_effect=full))
-        (outcome,) = execute_all([SIEVE], half_done, jobs=1)
+        (outcome,) = execute_all([SIEVE], half_done)
     assert outcome.state == "failed"
     assert f"cannot write {run_folder(SIEVE, half_done.results)}" in outcome.message
     assert "No space left on device" in outcome.message
     assert os.listdir(half_done.results / "runs") == []
     checkpoint_file(SIEVE, half_done.results).write_bytes(b"\xff" * 999)
-    assert states(execute_all([SIEVE], half_done, jobs=1)) == [(SIEVE, "done")]
+    assert states(execute_all([SIEVE], half_done)) == [(SIEVE, "done")]
     assert_same(half_done.results, undisturbed, [SIEVE])
     assert [Path(name).suffix for name in left_behind(half_done.results)] == [".broken"]
 
@@ -598,20 +587,20 @@ def test_after_a_full_disk_and_a_damaged_checkpoint_nothing_is_left_or_wrong(
 # Collected
 
 
-def test_collect_gives_a_row_a_finished_run_with_fields_metrics_and_seconds(copied):
-    table = collect([*RUNS, UNTRAINED, SIEVE], copied)
+def test_a_frame_has_a_row_a_finished_run_with_fields_metrics_and_seconds(copied):
+    table = frame([*RUNS, UNTRAINED, SIEVE], copied)
     assert table["id"].tolist() == [run.id for run in RUNS]
     row = table.iloc[0]
     assert all(row[name] == value for name, value in asdict(SIEVE).items())
     metrics = store.read(run_folder(SIEVE, copied.results))[2]
     assert {name: row[name] for name in metrics} == metrics
     assert row["train_seconds"] > 0
-    empty = collect([UNTRAINED], copied)
+    empty = frame([UNTRAINED], copied)
     assert len(empty) == 0
     assert set(table) <= set(empty)
     change_record(run_folder(BRICK, copied.results), run=asdict(SECOND))
     with pytest.warns(UserWarning, match=f"{BRICK.id}: .*the record inside is of {SECOND.id}"):
-        assert collect(RUNS, copied)["id"].tolist() == [SIEVE.id, SECOND.id]
+        assert frame(RUNS, copied)["id"].tolist() == [SIEVE.id, SECOND.id]
 
 
 def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, monkeypatch):
@@ -622,15 +611,15 @@ def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, mon
     todo += [replace(SIEVE, method="rotation", updates=50), UNTRAINED]
     other = [replace(UNTRAINED, updates=1, crop=32), replace(SIEVE, size=128)]
     other += [replace(SIEVE, method="scar", backbone="efficientnet_b4")]
-    monkeypatch.setattr(sweep, "device_name", lambda device: "abacus")
-    table = estimate(todo, collect(RUNS, copied), copied)
+    monkeypatch.setattr(jobs, "device_name", lambda device: "abacus")
+    table = estimate(todo, frame(RUNS, copied), copied)
     assert table["runs"].to_dict() == {"cutpaste_3way": 2, "rotation": 1, "untrained": 1}
     assert table["images"].tolist() == [2 * 100 * 2 * 3, 50 * 2 * 4, 0]
     assert table["hours"].tolist() == pytest.approx([1200 / 20 / 3600, 400 / 20 / 3600, 0])
-    assert estimate(other, collect(RUNS, copied), copied)["hours"].isna().all()
-    assert estimate([], collect(RUNS, copied), copied).empty
-    monkeypatch.setattr(sweep, "device_name", lambda device: "another")
-    assert estimate(todo, collect(RUNS, copied), copied)["hours"].isna().all()
+    assert estimate(other, frame(RUNS, copied), copied)["hours"].isna().all()
+    assert estimate([], frame(RUNS, copied), copied).empty
+    monkeypatch.setattr(jobs, "device_name", lambda device: "another")
+    assert estimate(todo, frame(RUNS, copied), copied)["hours"].isna().all()
 
 
 # Repeated
@@ -650,7 +639,7 @@ def repeated(undisturbed, monkeypatch):
     def copy(run, places, **options):
         return shutil.copytree(run_folder(run, undisturbed), run_folder(run, places.results))
 
-    monkeypatch.setattr(sweep, "execute", copy)
+    monkeypatch.setattr(jobs, "execute", copy)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from cplib.datasets import DEMO, MVTEC
-from cplib.study import published as study
-from cplib.study.published import KEYS, ROW, TABLES, against_paper, published, summarise, wide
+from cplib.study.paper import KEYS, PRINTED, PUBLISHED, ROW, groups, published
+from cplib.study.report import against_paper, markdown, save_table, summarise, wide, with_averages
 from cplib.study.synthetic import SYNTHETIC
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "paper"  # a transcription, if at hand
@@ -52,8 +52,8 @@ def cell(table, method, category, metric="image_auroc"):
 
 
 def test_all_eight_tables_are_there_without_a_cell_twice_and_in_percent():
-    assert [name[:6] for name in TABLES] == [f"table{i}" for i in range(1, 9)]
-    for table in TABLES:
+    assert [name[:6] for name in PRINTED] == [f"table{i}" for i in range(1, 9)]
+    for table in PRINTED:
         paper = published(table)
         assert list(paper) == [*KEYS, "published_mean", "published_stderr"]
         assert len(paper) and not paper.duplicated(KEYS).any()
@@ -67,9 +67,9 @@ def test_all_eight_tables_are_there_without_a_cell_twice_and_in_percent():
 
 
 @pytest.mark.skipif(not SOURCE.exists(), reason="the paper's transcription is not at hand")
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", PRINTED)
 def test_every_number_is_that_of_the_transcription_row_by_row(table):
-    theirs, ours = pd.read_csv(SOURCE / f"{table}.csv"), pd.read_csv(TABLES[table])
+    theirs, ours = pd.read_csv(SOURCE / f"{table}.csv"), pd.read_csv(PRINTED[table])
     for mine, source in (("published_mean", "mean"), ("published_stderr", "stderr")):
         np.testing.assert_array_equal(ours[mine].to_numpy(float), theirs[source].to_numpy(float))
     if table != T6:  # whose columns are kinds of anomalies
@@ -91,7 +91,6 @@ def test_every_number_is_that_of_the_transcription_row_by_row(table):
         ("table4_cutout_variants", "confetti", "average_texture", 80.1),
         ("table5_binary_vs_3way", "cutpaste_union", "average_all", 94.3),
         (T6, "cutpaste_3way", "average_all", 98.3),
-        ("cifar10", "rotation", "average_all", 91.3),
     ],
 )
 def test_some_numbers_as_the_paper_prints_them(table, method, category, value):
@@ -101,7 +100,7 @@ def test_some_numbers_as_the_paper_prints_them(table, method, category, value):
 def test_printed_averages_are_those_of_the_printed_categories():
     off = {}
     for table in (T1, T2, T3):
-        for method in pd.read_csv(TABLES[table])["method"].unique():
+        for method in pd.read_csv(PRINTED[table])["method"].unique():
             for name, members in MEMBERS.items():
                 mean = np.mean([printed(table)[method, category] for category in members])
                 gap = printed(table)[method, name] - mean
@@ -129,8 +128,8 @@ def test_a_cell_is_the_mean_over_seeds_with_its_standard_error():
 def test_averages_are_those_of_means_and_of_standard_errors():
     runs = made_up()
     runs = runs[(runs["category"] != "wood") | (runs["seed"] == 0)]  # has one seed: no error
-    cells = study.with_averages(summarise(runs))
-    assert study.groups(MVTEC.categories) == {k: list(v) for k, v in MEMBERS.items()}
+    cells = with_averages(summarise(runs))
+    assert groups(MVTEC.categories) == {k: list(v) for k, v in MEMBERS.items()}
     for name, members in MEMBERS.items():
         found = cell(cells, "cutpaste_3way", name)
         each = [values(runs, "cutpaste_3way", c) for c in members]
@@ -143,7 +142,7 @@ def test_averages_are_those_of_means_and_of_standard_errors():
 def test_an_average_stands_only_where_a_method_has_every_category():
     runs = made_up()
     gone = (runs["category"] == "bottle") & (runs["method"] == "cutpaste")
-    cells = study.with_averages(summarise(runs[~gone]))
+    cells = with_averages(summarise(runs[~gone]))
     averages = cells[cells["category"].str.startswith("average")]
     found = averages.groupby("method")["category"].apply(set).to_dict()
     assert found == {"cutpaste": {"average_texture"}, "cutpaste_3way": {*MEMBERS}}
@@ -163,7 +162,7 @@ def test_the_average_over_what_was_measured_has_a_name_of_its_own_and_the_papers
 def test_measured_cells_stand_beside_the_papers_and_others_are_empty():
     runs = made_up().query("category != 'cable'")
     table = against_paper(runs, T1, rows=ROWS)
-    paper = published(T1).set_index(["method", "category"])[study.PUBLISHED]
+    paper = published(T1).set_index(["method", "category"])[PUBLISHED]
     for category in MVTEC.categories:
         found = cell(table, "cutpaste", category)
         assert found[list(paper)].to_dict() == paper.loc[("cutpaste", category)].to_dict()
@@ -222,14 +221,14 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     assert grid.loc["random network", "average all"] == ""
     rows = wide(published(T7).assign(mean=None, stderr=None))
     assert rows.index[1] == "learning rate 1"
-    lines = study.markdown(grid).splitlines()
+    lines = markdown(grid).splitlines()
     assert lines[0] == "| image AUROC, % | bottle | average all |"
     assert {line.count("|") for line in lines} == {4}
 
 
 def test_the_csv_has_the_contracts_columns_and_the_markdown_says_how_it_was_measured(tmp_path):
     table = against_paper(made_up(("bottle",), seeds=1), T1, rows=ROWS)
-    path = study.save_table(table, tmp_path, T1, "Profile made up.")
+    path = save_table(table, tmp_path, T1, "Profile made up.")
     head, *lines = path.read_text().splitlines()
     assert head == "method,category,metric,mean,stderr,seeds,published_mean,published_stderr"
     assert [line for line in lines if line.startswith("cutpaste,screw,image_auroc,,,,")]

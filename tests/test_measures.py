@@ -1,0 +1,139 @@
+"""What is measured on a network: made once, and made again where a constant changed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cplib import datasets, train
+from cplib.metrics import auroc_between
+from cplib.run import Run
+from cplib.score import Scorer
+from cplib.study import measures, store
+from cplib.study.jobs import execute, execute_all
+from cplib.study.measures import MEASURES, constants, gradcam_copies, synthetic
+from cplib.study.profiles import PROFILES
+from cplib.study.store import Places, checkpoint_file, load_network, measured, run_folder
+from cplib.study.synthetic import SYNTHETIC, paint
+from cplib.study.workspace import Workspace
+
+SIZES = {"dataset": "demo", "size": 64, "precision": "fp32"}
+RUN = Run(method="cutpaste_3way", category="sieve", updates=2, sources=2, **SIZES)
+UNTRAINED = Run(method="untrained", category="sieve", dataset="demo", size=64, updates=0)
+NAMES = ["gradcam", "gradcam_copies", "synthetic-5", "density"]
+
+
+@pytest.fixture
+def places(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPLIB_JOBS", "1")
+    return Places(tmp_path, demo_root)
+
+
+def test_a_training_and_all_its_measures_are_one_job_that_loads_nothing(places, monkeypatch):
+    monkeypatch.setattr(store, "load_network", lambda *_: pytest.fail("loaded again"))
+    twin = replace(RUN, window=32, stride=16)
+    outcomes = execute_all({RUN: NAMES, twin: []}, places)
+    assert [outcome.state for outcome in outcomes] == ["done", "done"]
+    for name in NAMES:
+        assert measured(RUN, name, places.results)
+
+
+def test_what_is_missing_or_of_other_constants_is_measured_from_the_checkpoint(
+    places, monkeypatch, capsys
+):
+    workspace = Workspace(replace(PROFILES["smoke"], categories=("sieve",)), ("sieve",), places)
+    wanted = {RUN: ["density", "gradcam"]}
+    assert workspace.missing(wanted) == wanted
+    assert [o.state for o in workspace.execute({RUN: ["density"]})] == ["done"]
+    assert workspace.missing(wanted) == {RUN: ["gradcam"]}
+    monkeypatch.setattr(train, "step", lambda *_: pytest.fail("trained again"))
+    workspace.execute(workspace.missing(wanted))
+    assert workspace.missing(wanted) == {}
+    file = run_folder(RUN, places.results) / "density.json"
+    first = file.read_text()
+    assert json.loads(first)["constants"] == constants("density")
+    file.write_text(json.dumps(json.loads(first) | {"constants": {"regularisers": [1]}}))
+    assert workspace.missing(wanted) == {RUN: ["density"]} and workspace.remarks(wanted) == []
+    workspace.execute(workspace.missing(wanted))
+    assert file.read_text() == first
+    older = {k: v for k, v in json.loads(first).items() if k != "constants"}
+    file.write_text(json.dumps(older))  # of a time when records named none
+    assert workspace.missing(wanted) == {}
+    file.write_text(json.dumps(older | {"constants": {}}))
+    checkpoint_file(RUN, places.results).unlink()
+    assert workspace.missing(wanted) == {}
+    (line,) = workspace.remarks(wanted)
+    assert line.startswith("Records of density were made with other constants")
+    assert measured(RUN, "density", places.results) == older
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_a_record_that_cannot_be_read_is_named_and_made_again(places, content):
+    execute_all({UNTRAINED: ["density"]}, places)
+    file = run_folder(UNTRAINED, places.results) / "density.json"
+    first = file.read_text()
+    file.write_text(content)
+    workspace = Workspace(PROFILES["smoke"], ("sieve",), places)
+    with pytest.warns(UserWarning, match=str(file)):
+        todo = workspace.missing({UNTRAINED: ["density"]})
+    assert todo == {UNTRAINED: ["density"]}
+    workspace.execute(todo)
+    assert file.read_text() == first
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_root, tmp_path_factory):
+    """A short trained network and its images."""
+    places = Places(tmp_path_factory.mktemp("results"), demo_root)
+    execute(RUN, places)
+    images = (datasets.load(demo_root, "sieve", split, 64) for split in ("train", "test"))
+    return load_network(RUN, places), *images
+
+
+def test_table_6_is_the_auroc_of_normal_images_against_painted_ones(loaded):
+    net, training, test = loaded
+    found = synthetic(RUN, *loaded, least=5)
+    assert list(found["image_auroc"]) == list(SYNTHETIC)
+    assert (found["normal"], found["painted"]) == (4, 8)
+    normal = test.pixels[test.labels == 0]
+    scorer = Scorer.fit(RUN, net, training.pixels)
+    for kind in ("digit_color", "ellipse_natural"):
+        painted = scorer.score(paint(normal, *kind.split("_"), least=5)[0])
+        expected = auroc_between(scorer.score(normal), painted)
+        assert found["image_auroc"][kind] == pytest.approx(expected, abs=0.01)
+    only = replace(test, pixels=test.pixels[test.labels == 1], labels=torch.ones(6))
+    assert synthetic(RUN, net, training, only)["image_auroc"] == {}
+
+
+def test_gradcam_is_judged_on_copies_whose_damage_is_known(loaded, monkeypatch):
+    net, training, test = loaded
+    ideal = {}
+
+    def perfect(net, images):  # a map that marks what differs from the normal image
+        normal = test.pixels[test.labels == 0]
+        if len(images) == len(normal):
+            return (images != normal).any(1).float()
+        return ideal["masks"].float()
+
+    monkeypatch.setattr(measures, "gradcam_maps", perfect)
+    ideal["masks"] = test.masks[test.labels == 1]
+    found = gradcam_copies(RUN, *loaded)
+    assert found == dict.fromkeys(
+        ["CutPaste copies", "CutPaste-scar copies", "real anomalies"], 100
+    )
+    assert gradcam_copies(RUN, net, training, replace(test, masks=None)) == {}
+
+
+def test_every_measure_tells_its_constants():
+    assert constants("synthetic-7") == {"least": 7, "side": [0.1, 0.3]}
+    assert constants("level7") == {"level": 7} and constants("gradcam") == {}
+    assert {"limit", "folds", "perplexity"} <= {*constants("features")}
+    assert {*MEASURES} == {
+        "gradcam",
+        "gradcam_copies",
+        "level7",
+        "synthetic",
+        "density",
+        "features",
+    }
