@@ -54,16 +54,16 @@ def test_the_overview_has_findings_first_then_each_notebooks_tables_and_figures(
     index = write_pages(results)
     text = (results / "README.md").read_text()
     assert text.startswith("[← README](../../README.md)\n\n# CutPaste: MVTec AD,")
-    assert text.index("(../quick/figures/04_pipeline.png)") < text.index("## Findings\n")
+    assert text.index("## Findings\n") < text.index("(../quick/figures/04_pipeline.png)")
     assert "**CutPaste-3way (patch): 77.8 % pixel AUROC**" in text
     assert "| claims | 0 |" in text
     start = "## [A title, $a^2$](notebooks/"
     image, finetuned = text.split(f"{start}03")[1].split(f"\n{start}05")
-    assert "91.0 (99.2±0.2)" in image  # CutPaste's bottle
+    assert "| CutPaste | 91.0 (99.2) |" in image  # bottle; errors stand in the table's own file
     order = ("### Table 1: image level", "curve_a.png", "curve_b.png", "before.png")
     assert sorted(order, key=image.index) == list(order)  # as in the notebook, after its tables
     assert image.count("*Two curves.*") == 3 and "left_over" not in text
-    assert "Not measured." in finetuned
+    assert "Nothing is measured yet." in finetuned
     assert "notebooks/04" not in text  # failed
     page = BeautifulSoup(index.read_text(), "html.parser")
     links = [tag["href"] for tag in page.select("h2 a[href^=notebooks]")]

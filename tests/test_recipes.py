@@ -14,7 +14,11 @@ OWN = "own-above,Own detects more.,here,table5_binary_vs_3way,image_auroc,own > 
 RECIPES = [  # file, what stands there, what is written before it
     ("cplib/augment.py", '"rotation": {f"', '"own": {"normal": normal, "pasted": cutpaste},\n    '),
     ("cplib/study/tables.py", '"cutpaste", "cutpaste_scar", "cutpaste_union"', '"own", '),
-    ("cplib/study/tables.py", '"table4_cutout_variants": _', '"mine": _ablation("06", ("own",)), '),
+    (
+        "cplib/study/tables.py",
+        '"table4_cutout_variants": T',
+        '"mine": Table(notebook="06", rows=(Row("own"),)), ',
+    ),
     ("cplib/study/profiles.toml", "[quick]", '[own]\nlike = "smoke"\nother_seeds = 2\n\n'),
     ("cplib/study/claims.csv", "rotation-cutout-scar-below,", OWN),
 ]

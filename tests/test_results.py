@@ -11,10 +11,11 @@ from cplib.apps import pages, readme
 from cplib.apps.workspace import ROOT
 from cplib.study import figures
 from cplib.study.claims import measured, save_claims, verdicts
-from cplib.study.profiles import PROFILES
+from cplib.study.profiles import METHOD, PROFILES
+from cplib.study.report import compare
 from cplib.study.store import Places
-from cplib.study.sweep import Workspace
-from cplib.study.tables import TABLES, compare, planned, values_of
+from cplib.study.tables import TABLES, planned, values
+from cplib.study.workspace import Workspace
 
 STORED = sorted({path.parents[1] for path in ROOT.glob("results/*/runs/*") if path.is_dir()})
 
@@ -25,9 +26,9 @@ def test_committed_tables_are_made_of_the_committed_runs(results, tmp_path):
         pytest.skip("results of another data set")
     (tmp_path / "runs").symlink_to(results / "runs")
     profile = PROFILES[results.name]
-    workspace = Workspace(profile, profile.categories, Places(tmp_path, read_only=True))
+    workspace = Workspace(profile, profile.categories, Places(tmp_path))
     for name in TABLES:
-        compare(workspace, name, values_of(workspace, name))
+        compare(workspace, name, values(workspace, name))
     save_claims(verdicts(measured(workspace)), workspace)
     made = {path.name: path for path in (tmp_path / "tables").iterdir()}
     stored = [path for path in (results / "tables").iterdir() if path.name in made]
@@ -42,14 +43,15 @@ def test_categories_with_other_images_are_empty_and_all_others_are_shown(tmp_pat
     for folder in ("train/good", "test/good", "test/broken"):
         (tmp_path / "data" / "bottle" / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / "bottle" / folder / "0.png")
-    places = Places(tmp_path, tmp_path / "data", read_only=True)
+    places = Places(tmp_path, tmp_path / "data")
     workspace = Workspace(PROFILES["quick"], ("bottle",), places)
     for name in ("table1_image_level", "table2_pixel_level"):
-        measured = compare(workspace, name, values_of(workspace, name)).dropna(subset="mean")
+        measured = compare(workspace, name, values(workspace, name)).dropna(subset="mean")
         assert {"pill", "screw", "transistor"} <= {*measured["category"]}
         assert "bottle" not in {*measured["category"]}
     runs = planned(workspace, "table1_image_level")
-    assert " stored runs of bottle were measured on other images" in workspace.outdated(runs)
+    (line,) = workspace.remarks(runs)
+    assert " stored runs of bottle were measured on other images" in line
     assert {run.category for run in workspace.missing(runs)} == {"bottle"}
 
 
@@ -106,5 +108,5 @@ REAL = ROOT.parent / "shared" / "mvtec256"
 def test_stored_runs_count_for_the_images_that_they_were_measured_on():
     quick = PROFILES["quick"]
     workspace = Workspace(quick, ("bottle",), Places(ROOT / "results" / "quick", REAL))
-    runs = workspace.runs(("cutpaste_3way",), ("bottle",))
-    assert workspace.finished(runs) == runs
+    runs = quick.runs((METHOD,), ("bottle",))
+    assert list(workspace.finished(runs)) == runs

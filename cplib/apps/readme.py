@@ -9,9 +9,8 @@ import nbformat
 import pandas as pd
 
 from cplib.apps.workspace import ROOT
-from cplib.augment import METHODS
 from cplib.study.profiles import METHOD, PROFILES
-from cplib.study.report import markdown
+from cplib.study.report import markdown, read_table
 from cplib.study.store import read, run_folder
 
 TEMPLATE = ROOT / "docs" / "README.template.md"
@@ -37,7 +36,7 @@ def filled(template: str) -> str:
 def table(profile: str, number: str) -> pd.DataFrame:
     """One metric of a table, tidy, indexed by method and category."""
     name, metric = TABLES[number]
-    rows = pd.read_csv(ROOT / "results" / profile / "tables" / f"{name}.csv")
+    rows = read_table(ROOT / "results" / profile, name)
     return rows[rows["metric"] == metric].set_index(["method", "category"])
 
 
@@ -88,8 +87,7 @@ def minutes(profile: str) -> str:
 
 def images(profile: str) -> str:
     """How many images training shows to one CutPaste-3way network."""
-    run = PROFILES[profile].run(METHOD, "")
-    n = run.updates * run.sources * len(METHODS[METHOD])
+    n = PROFILES[profile].run(METHOD, "").images
     return f"{n / 1e6:.1f} million" if n >= 1e6 else f"{n:,}"
 
 
