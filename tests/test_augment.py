@@ -299,8 +299,8 @@ def test_the_scars_of_a_256_pixel_image_are_the_ones_that_results_were_made_with
     assert torch.equal(length, (10 + 16 * torch.rand(100, 1, generator=draws)).floor())
 
 
-MAKERS = [cutpaste, cutpaste_scar, cutpaste_union, cutout, confetti, scar, jitter, translate]
-MAKERS += [partial(cutout, fill="color")]
+MAKERS = [cutpaste, cutpaste_scar, cutpaste_union, cutout, confetti, scar, translate]
+MAKERS += [partial(cutout, fill="color"), partial(jitter, strength=(0.1,) * 4)]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -558,6 +558,6 @@ def test_pasted_copies_differ_from_their_images_only_where_something_was_pasted(
     normal = torch.randint(0, 256, (4, 3, 32, 32), generator=generator(), dtype=torch.uint8)
     for copies in pasted_copies(normal, {}):
         changed = (copies != normal).any(1).flatten(1).float().mean(1)
-        assert copies.dtype == torch.uint8 and ((0 < changed) & (changed < 0.6)).all()
+        assert copies.dtype == torch.uint8 and ((changed > 0) & (changed < 0.6)).all()
     again = pasted_copies(normal, {}, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(pasted_copies(normal, {}), again, strict=True))
