@@ -308,12 +308,12 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 def translate(x: Tensor, generator: torch.Generator, *, share: float = 0.125) -> Tensor:
     """Shift every image by up to ``share`` of its sides. The border is reflected (A.1)."""
-    b, c, h, w = x.shape
-    reach_y, reach_x = round(share * h), round(share * w)
-    y = _shifted(h, _uniform(-reach_y, reach_y + 1, b, generator).floor().long())
-    x_ = _shifted(w, _uniform(-reach_x, reach_x + 1, b, generator).floor().long())
-    index = (y.unsqueeze(2) * w + x_.unsqueeze(1)).flatten(1)
-    return x.flatten(2).gather(2, index.unsqueeze(1).expand(b, c, -1)).view_as(x)
+    n, _, h, w = x.shape
+    rows, columns = (
+        _shifted(side, _uniform(-reach, reach + 1, n, generator).floor().long())
+        for side, reach in ((h, round(share * h)), (w, round(share * w)))
+    )
+    return _rows_and_columns(x, rows, columns)
 
 
 def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
@@ -321,15 +321,21 @@ def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
 
     Raises ValueError if an image is smaller.
     """
-    b, c, h, w = x.shape
+    n, _, h, w = x.shape
     if side > min(h, w):
         raise ValueError(f"an image of {h}x{w} pixels is smaller than a {side}-px patch")
-    space_y = torch.full((b, 1), h - side, device=x.device)
-    space_x = torch.full((b, 1), w - side, device=x.device)
-    k = torch.arange(side, device=x.device)
-    y, column = _corner(space_y, generator) + k, _corner(space_x, generator) + k
-    index = (y.unsqueeze(2) * w + column.unsqueeze(1)).flatten(1)
-    return _read(x, index).unflatten(2, (side, side))
+    rows, columns = (
+        _corner(torch.full((n, 1), space, device=x.device), generator)
+        + torch.arange(side, device=x.device)
+        for space in (h - side, w - side)
+    )
+    return _rows_and_columns(x, rows, columns)
+
+
+def _rows_and_columns(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The pixels (B, C, R, S) where ``rows`` (B, R) and ``columns`` (B, S) of an image meet."""
+    flat = (rows.unsqueeze(2) * x.shape[3] + columns.unsqueeze(1)).flatten(1)
+    return _read(x, flat).unflatten(2, (rows.shape[1], columns.shape[1]))
 
 
 def _shifted(n: int, shift: Tensor) -> Tensor:

@@ -56,9 +56,7 @@ def level_features(net: PretextNet, pixels: Tensor, chosen: tuple[int, ...]) -> 
     net.eval()
     stages, features = levels(net.encoder)[: max(chosen)], []
     for part in pixels.split(LEVEL_BATCH):
-        x = part.to(net.pixel_mean.device).float().div(255)
-        x = ((x - net.pixel_mean) / net.pixel_std).contiguous(memory_format=torch.channels_last)
-        maps = []
+        x, maps = _encoder_input(net, part), []
         for number, stage in enumerate(stages, 1):
             x = stage(x)
             if number in chosen:
@@ -79,13 +77,13 @@ def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
     except TraceError:  # timm's networks look at the size of their input
         encoder = copy.deepcopy(net.encoder)
     encoder = encoder.to(memory_format=torch.channels_last)
+    return lambda windows: encoder(_encoder_input(net, windows))
 
-    def encode(windows: Tensor) -> Tensor:
-        x = windows.to(net.pixel_mean.device).float().div(255)
-        x = (x - net.pixel_mean) / net.pixel_std
-        return encoder(x.contiguous(memory_format=torch.channels_last))
 
-    return encode
+def _encoder_input(net: PretextNet, pixels: Tensor) -> Tensor:
+    """Uint8 images on the network's device, as its encoder expects them."""
+    x = pixels.to(net.pixel_mean.device).float().div(255)
+    return ((x - net.pixel_mean) / net.pixel_std).contiguous(memory_format=torch.channels_last)
 
 
 def upsample(

@@ -74,10 +74,13 @@ def changed(net, before):
 # Features and logits
 
 
-@pytest.mark.parametrize(("backbone", "width"), [(RESNET, 512), (LITE, 1280)])
-def test_logits_are_the_head_on_the_encoders_features_of_normalised_pixels(backbone, width):
+@pytest.mark.parametrize(
+    ("backbone", "width", "pixels"),
+    [(RESNET, 512, model.PIXELS), (LITE, 1280, model.LITE0_PIXELS)],
+)
+def test_logits_are_the_head_on_the_encoders_features_of_normalised_pixels(backbone, width, pixels):
     net, x = PretextNet(3, backbone=backbone).eval(), images().float() / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in model.PIXELS[backbone])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in pixels)
     assert net.features(x).shape == (3, width)
     torch.testing.assert_close(net.features(x), net.encoder((x - mean) / std))
     assert net(x).shape == (3, 3)
