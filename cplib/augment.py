@@ -1,8 +1,8 @@
-"""The paper's idea: images of an anomaly, made from a normal image and a patch of itself.
+"""The paper's idea: an image with an anomaly, made from a normal image and a patch of itself.
 
-Everything here is a pure function of a batch ``(B, 3, H, W)`` of floats in [0, 1] and one
-``torch.Generator``. The work happens batched, on the device of the input, with draws of its own for
-every image; the input is never modified. Section and appendix numbers are the paper's.
+Each augmentation is a pure function of a batch (B, 3, H, W) of floats in [0, 1] and of a
+``torch.Generator``. It works on the whole batch, on the batch's device, and draws anew for every
+image. It does not modify the batch. Numbers of sections and appendices are the paper's.
 """
 
 import math
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-JITTER = (0.1, 0.1, 0.1, 0.1)
-LUMA = (0.299, 0.587, 0.114)
-# Of the two blobs that confetti adds and the two that it subtracts. FCDD draws at least one of
-# each, 0.9 and 0.6 an image on average: a second one follows with these chances.
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
+# Chances of the two blobs that confetti adds and of the two that it subtracts. FCDD draws their
+# numbers from Poisson distributions of means 0.9 and 0.6, but at least one: so often it draws two.
 BLOB_CHANCE = (1.0, 0.23, 1.0, 0.12)
 
 
@@ -41,8 +40,8 @@ def cutpaste(
 ) -> Tensor:
     """Cut a rectangle, jitter its colours, paste it elsewhere in the same image (2.1, A.2).
 
-    ``area`` is a share of the image; the aspect ratio is drawn from (aspect[0], 1) or
-    (1, aspect[1]) with equal chance.
+    ``area`` is a share of the image. The aspect ratio (height / width) is drawn from
+    (aspect[0], 1) or (1, aspect[1]), with equal chance. Raises ValueError if no patch fits.
     """
     height, width = _patch_sizes(x, area, aspect, generator)
     source, inside = _placed(x, height, width, area[1], generator)
@@ -51,10 +50,10 @@ def cutpaste(
 
 
 def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
-    """Rectangles at random places, wholly inside: their pixels' positions, row by row (B, K).
+    """Put rectangles at random places inside the image, and return the positions of their pixels.
 
-    An image is flat here. K is the pixel count of the ``largest`` share of it; the mask says
-    which of the K belong to the rectangle.
+    Positions (B, K) count the image's pixels row by row. K is the number of pixels of the
+    ``largest`` rectangle, a share of the image. The mask (B, K) says which are the rectangle's.
     """
     h, w = x.shape[2:]
     y, left = _corner(h - height, generator), _corner(w - width, generator)
@@ -65,18 +64,15 @@ def _placed(x, height, width, largest, generator) -> tuple[Tensor, Tensor]:
 
 
 def _patch_sizes(x, area, aspect, generator) -> tuple[Tensor, Tensor]:
-    """Heights and widths (B, 1) in pixels: the area strictly in its range, the aspect rounded."""
+    """Heights and widths (B, 1) in pixels. Areas are in their range; aspect ratios are rounded."""
     n, _, h, w = x.shape
     low, high = area[0] * h * w, area[1] * h * w
     if high < 1:
         raise ValueError(f"an image of {h}x{w} pixels is too small for a patch of {area[1]:.0%}")
     size = _uniform(low, high, n, generator)
     wide = _uniform(0, 1, n, generator) < 0.5
-    low_aspect, high_aspect = (
-        _uniform(aspect[0], 1, n, generator),
-        _uniform(1, aspect[1], n, generator),
-    )
-    ratio = torch.where(wide, low_aspect, high_aspect)  # height / width
+    below, above = _uniform(aspect[0], 1, n, generator), _uniform(1, aspect[1], n, generator)
+    ratio = torch.where(wide, below, above)  # height / width
     width = (size / ratio).sqrt().round().clamp(1, w)
     height = (size / width).round().clamp(min=torch.ceil(low / width), max=(high / width).floor())
     return height.clamp(1, h).long(), width.long()
@@ -93,7 +89,8 @@ def cutpaste_scar(
 ) -> Tensor:
     """Cut a long, thin rectangle, jitter its colours, rotate it, paste it elsewhere (2.2, A.2).
 
-    ``width`` and ``length`` are in pixels, ``angle`` in degrees either way.
+    ``width`` and ``length`` are in pixels. The rotation is drawn from -angle to angle, in degrees.
+    Raises ValueError if a scar can be larger than the image.
     """
     h, w = x.shape[2:]
     scar_w, scar_l, turn = _scar_sizes(x, width, length, angle, generator)
@@ -106,7 +103,7 @@ def cutpaste_scar(
 
 
 def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Widths and lengths (B, 1) in whole pixels, turns (B, 1) in radians."""
+    """Widths and lengths (B, 1) in whole pixels, and rotations (B, 1) in radians."""
     n, _, h, w = x.shape
     if math.hypot(width[1], length[1]) > min(h, w):
         raise ValueError(
@@ -120,10 +117,11 @@ def _scar_sizes(x, width, length, angle, generator) -> tuple[Tensor, Tensor, Ten
 
 
 def _scar_target(x, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, ...]:
-    """A square of pixels that holds the turned scar, wholly inside the image.
+    """Put rotated scars at random places inside the image; look at a square of K pixels round each.
 
-    Returns the flat positions (B, K) of these pixels, which of them are the scar's, and where each
-    lies in its own, unturned frame: ``u`` across and ``v`` along it, in pixels from its centre.
+    Returns the positions (B, K) of these pixels in the image, row by row; which of them the scar
+    covers; and their coordinates in the scar's own frame: ``u`` across and ``v`` along it, in
+    pixels from its centre.
     """
     n, _, h, w = x.shape
     cos, sin = turn.cos(), turn.sin()
@@ -142,29 +140,30 @@ def _scar_target(x, scar_w, scar_l, turn, largest, generator) -> tuple[Tensor, .
 
 
 def _read(x: Tensor, source: Tensor) -> Tensor:
-    """The pixels (B, C, K) at flat positions ``source`` (B, K)."""
+    """The pixels (B, C, K) at the positions ``source`` (B, K), counted row by row."""
     return x.flatten(2).gather(2, source.unsqueeze(1).expand(-1, x.shape[1], -1))
 
 
 def _write(x: Tensor, target: Tensor, inside: Tensor, patch: Tensor) -> Tensor:
-    """The images with ``patch`` (B, C, K or 1) at flat positions ``target``, where ``inside``."""
+    """The images with ``patch`` (B, C, K or 1) written to ``target`` (B, K), where ``inside``."""
     h, w = x.shape[2:]
-    # One pixel more than the image has takes what lies outside the patch: no branches, no sync.
+    # Pixels outside the patch are written to one extra pixel: no branch, no GPU sync.
     target = torch.where(inside, target, h * w).unsqueeze(1).expand(-1, x.shape[1], -1)
     padded = F.pad(x.flatten(2), (0, 1)).scatter(2, target, patch.to(x.dtype).expand(target.shape))
     return padded[..., : h * w].unflatten(2, (h, w))
 
 
 def _jittered(patch: Tensor, inside: Tensor, strength: float, generator) -> Tensor:
+    """``jitter`` of a patch, all four changes of one strength."""
     return jitter(patch, generator, strength=(strength,) * 4, weight=inside)
 
 
 def cutpaste_union(
     x: Tensor, generator: torch.Generator, *, patch: dict | None = None, thin: dict | None = None
 ) -> Tensor:
-    """CutPaste or CutPaste-scar, a fair coin for each image (5.2).
+    """CutPaste or CutPaste-scar, with equal chance for each image (5.2).
 
-    ``patch`` holds options for the one, ``thin`` for the other.
+    ``patch`` holds options of CutPaste, ``thin`` those of CutPaste-scar.
     """
     pasted = cutpaste(x, generator, **(patch or {}))
     scarred = cutpaste_scar(x, generator, **(thin or {}))
@@ -179,21 +178,18 @@ def cutout(
     area: tuple[float, float] = (0.02, 0.15),
     aspect: tuple[float, float] = (0.3, 3.3),
 ) -> Tensor:
-    """Fill a rectangle like CutPaste's with one colour an image (4.1, 5.1).
+    """Fill a rectangle of CutPaste's sizes with one colour (4.1, 5.1).
 
-    ``fill`` is "grey", "mean" (the image's own mean colour) or "color" (at random).
+    ``fill`` is "grey", "mean" (the image's mean colour) or "color" (a random one).
     """
     height, width = _patch_sizes(x, area, aspect, generator)
     target, inside = _placed(x, height, width, area[1], generator)
-    if fill == "color":
-        colour = _colour(x, generator)
-    elif fill == "mean":
-        colour = x.mean((2, 3))[..., None]
-    elif fill == "grey":
-        colour = x.new_full((1, 1, 1), 0.5)
-    else:
-        raise ValueError(f"unknown fill {fill!r}: one of grey, mean, color")
-    return _write(x, target, inside, colour)
+    colours = {
+        "grey": lambda: x.new_full((1, 1, 1), 0.5),
+        "mean": lambda: x.mean((2, 3))[..., None],
+        "color": lambda: _colour(x, generator),
+    }
+    return _write(x, target, inside, colours[fill]())
 
 
 def _colour(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -209,11 +205,11 @@ def confetti(
     angle: float = 45.0,
     blur: float = 5.7,
 ) -> Tensor:
-    """Add a few turned, blurred blobs of colour: the confetti noise of FCDD, cited in 5.1.
+    """Add a few rotated, blurred rectangles of colour: the confetti noise of FCDD, cited in 5.1.
 
-    One or two rectangles of a random colour, added, and one or two subtracted from every channel
-    lie anywhere, also across the border. ``side`` and the blur's standard deviation are in pixels
-    (FCDD's 8 to 54 and 5 of 224, in 256), ``angle`` in degrees either way.
+    One or two have a random colour and are added. One or two are subtracted from every channel.
+    They may cross the border. ``side`` and ``blur``, a standard deviation, are in pixels: FCDD's 8
+    to 54 and 5 of 224 pixels, scaled to 256. Rotations are from -angle to angle, in degrees.
     """
     from torchvision.transforms.functional import gaussian_blur  # here: it takes a second
 
@@ -243,14 +239,14 @@ def scar(
     length: tuple[float, float] = (10, 25),
     angle: float = 45.0,
 ) -> Tensor:
-    """Draw a long, thin, turned rectangle of one random colour an image (2.2, 4.1)."""
+    """Draw a long, thin, rotated rectangle of one random colour (2.2, 4.1)."""
     sizes = _scar_sizes(x, width, length, angle, generator)
     target, inside, _, _ = _scar_target(x, *sizes, (width[1], length[1]), generator)
     return _write(x, target, inside, _colour(x, generator))
 
 
 def rotate(quarters: int) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """The augmentation that turns square images by so many quarters (4.1)."""
+    """The augmentation that rotates square images by so many quarters of a turn (4.1)."""
     return lambda x, generator: x.rot90(quarters, (2, 3))
 
 
@@ -258,13 +254,14 @@ def jitter(
     x: Tensor,
     generator: torch.Generator,
     *,
-    strength: tuple[float, float, float, float] = JITTER,
+    strength: tuple[float, float, float, float],
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Brightness, contrast, saturation and hue changed at random, in random order (A.1, A.2).
+    """Change brightness, contrast, saturation and hue at random, in random order (A.1, A.2).
 
-    ``x`` is (B, 3, ...) in [0, 1]; ``strength`` is the largest change of each, as in torchvision's
-    ColorJitter; ``weight`` (B, ...) says which pixels count for the mean that contrast needs.
+    ``x`` is (B, 3, ...) in [0, 1]. ``strength`` holds the largest change of each, as in
+    torchvision's ColorJitter. ``weight`` (B, ...) says which pixels count in the mean that contrast
+    needs.
     """
     if not any(strength):
         return x
@@ -282,7 +279,10 @@ def jitter(
 
 
 def _base(x: Tensor, operation: Tensor, weight: Tensor | None) -> Tensor:
-    """What an image is blended with: black (brightness), its mean (contrast), itself in grey."""
+    """What an image is blended with: black, its mean (contrast), or itself in grey (saturation).
+
+    ``operation`` (B, ...) is 0 for brightness, 1 for contrast, 2 for saturation.
+    """
     grey = sum(c * x[:, i : i + 1] for i, c in enumerate(LUMA))
     weight = torch.ones_like(grey) if weight is None else weight.unsqueeze(1).to(x.dtype)
     dims = tuple(range(1, x.dim()))
@@ -291,7 +291,7 @@ def _base(x: Tensor, operation: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, ...) images by ``shift`` turns (HSV), value and saturation kept."""
+    """Rotate the hue of images (B, 3, ...) by ``shift`` turns (HSV). Value and saturation stay."""
     value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - lowest
     red, green, blue = x.split(1, 1)
@@ -307,30 +307,39 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def translate(x: Tensor, generator: torch.Generator, *, share: float = 0.125) -> Tensor:
-    """Shift every image by up to ``share`` of its sides, the border reflected (A.1)."""
-    b, c, h, w = x.shape
-    reach_y, reach_x = round(share * h), round(share * w)
-    y = _shifted(h, _uniform(-reach_y, reach_y + 1, b, generator).floor().long())
-    x_ = _shifted(w, _uniform(-reach_x, reach_x + 1, b, generator).floor().long())
-    index = (y.unsqueeze(2) * w + x_.unsqueeze(1)).flatten(1)
-    return x.flatten(2).gather(2, index.unsqueeze(1).expand(b, c, -1)).view_as(x)
+    """Shift every image by up to ``share`` of its sides. The border is reflected (A.1)."""
+    n, _, h, w = x.shape
+    rows, columns = (
+        _shifted(side, _uniform(-reach, reach + 1, n, generator).floor().long())
+        for side, reach in ((h, round(share * h)), (w, round(share * w)))
+    )
+    return _rows_and_columns(x, rows, columns)
 
 
 def crop(x: Tensor, generator: torch.Generator, *, side: int) -> Tensor:
-    """A square of ``side`` pixels of every image, at a random place (eq. 3)."""
-    b, c, h, w = x.shape
+    """A square of ``side`` pixels of every image, at a random place (eq. 3).
+
+    Raises ValueError if an image is smaller.
+    """
+    n, _, h, w = x.shape
     if side > min(h, w):
         raise ValueError(f"an image of {h}x{w} pixels is smaller than a {side}-px patch")
-    space_y = torch.full((b, 1), h - side, device=x.device)
-    space_x = torch.full((b, 1), w - side, device=x.device)
-    k = torch.arange(side, device=x.device)
-    y, column = _corner(space_y, generator) + k, _corner(space_x, generator) + k
-    index = (y.unsqueeze(2) * w + column.unsqueeze(1)).flatten(1)
-    return _read(x, index).unflatten(2, (side, side))
+    rows, columns = (
+        _corner(torch.full((n, 1), space, device=x.device), generator)
+        + torch.arange(side, device=x.device)
+        for space in (h - side, w - side)
+    )
+    return _rows_and_columns(x, rows, columns)
+
+
+def _rows_and_columns(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The pixels (B, C, R, S) where ``rows`` (B, R) and ``columns`` (B, S) of an image meet."""
+    flat = (rows.unsqueeze(2) * x.shape[3] + columns.unsqueeze(1)).flatten(1)
+    return _read(x, flat).unflatten(2, (rows.shape[1], columns.shape[1]))
 
 
 def _shifted(n: int, shift: Tensor) -> Tensor:
-    """(B, n) positions 0 .. n-1 moved by ``shift`` (B, 1), reflected at both ends."""
+    """The positions 0 .. n-1 moved by ``shift`` (B, 1) and reflected at both ends, (B, n)."""
     position = (torch.arange(n, device=shift.device) + shift).abs()
     return (n - 1) - ((n - 1) - position).abs()
 
@@ -340,7 +349,7 @@ def normal(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-# A method is its classes: class i of the pretext task is what the i-th function makes of it.
+# A method is a list of classes: the i-th function makes the images of class i of the pretext task.
 METHODS = {
     "rotation": {f"rotate_{90 * k}": rotate(k) for k in range(4)},
     "cutout": {"normal": normal, "cutout": cutout},
@@ -358,10 +367,10 @@ METHODS = {
 def pretext_batch(
     x: Tensor, method: str, generator: torch.Generator, options: dict[str, dict] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pretext task's batch (eq. 1): every image once in each class of ``method``.
+    """The batch of the pretext task (eq. 1): every image once in each of the K classes.
 
-    Returns images (K * B, 3, H, W) and labels (K * B,). ``options`` holds keyword options for an
-    augmentation under its name: ``{"cutpaste": {"area": (0.02, 0.3)}}``.
+    Returns images (K * B, 3, H, W) and labels (K * B,). ``options`` holds options of augmentations
+    by their names: ``{"cutpaste": {"area": (0.02, 0.3)}}``.
     """
     options = options or {}
     classes = METHODS[method]
@@ -373,7 +382,8 @@ def pretext_batch(
 def pasted_copies(normal: Tensor, options: dict[str, dict], seed: int = 0) -> tuple[Tensor, Tensor]:
     """A CutPaste and a CutPaste-scar copy of each normal image, uint8 (N, 3, H, W) each.
 
-    They are not shifted and not jittered as a whole. ``options`` as of ``pretext_batch``.
+    The images themselves are not shifted and not jittered. ``options`` are those of
+    ``pretext_batch``.
     """
     generator = torch.Generator().manual_seed(seed)
     images, _ = pretext_batch(normal.float() / 255, "cutpaste_3way", generator, options)

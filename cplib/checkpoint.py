@@ -12,9 +12,10 @@ from cplib.datasets import atomic
 
 
 def save(path, about, total, update, history, sums, net, optimizer, generator, scaler) -> None:
-    """Write all that training needs to resume as if nothing had happened; whole or not at all.
+    """Write all that training needs to resume as if nothing had happened, whole or not at all.
 
-    After the last update, ``total``, the optimiser's state is left out: half the file or more.
+    ``about`` is what ``train.provenance`` returns. After the last of ``total`` updates, the
+    optimiser's state is left out: it would be half of the file or more.
     """
     tensors = {f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items() if update < total else ():
@@ -27,23 +28,24 @@ def save(path, about, total, update, history, sums, net, optimizer, generator, s
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """What a checkpoint says of itself, and its tensors. Raises SafetensorError or OSError."""
+    """What a checkpoint says about itself, and its tensors. Raises SafetensorError or OSError."""
     with safe_open(path, "pt") as file:
         meta = file.metadata() or {"run": "another program"}
         return meta, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
 def network_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The network's part of a checkpoint's tensors."""
+    """The network's tensors among those of a checkpoint."""
     return {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}
 
 
 def usable(path, about, total, precisions) -> tuple[dict[str, str], dict[str, torch.Tensor]] | None:
-    """The checkpoint as ``read_checkpoint`` gives it; None where training starts afresh.
+    """What ``read_checkpoint`` returns, or None if training has to start from the beginning.
 
-    That is so if the checkpoint is damaged (it is renamed) or was made from other images. It is
-    also so for another device, or a precision that is not among ``precisions``, unless all
-    ``total`` updates are done. A line says so. ``about`` is what the new training says of itself.
+    It starts from the beginning if the checkpoint is damaged (it is renamed), or was made from
+    other images. The same holds for another device, or a precision that is not in ``precisions``,
+    unless all ``total`` updates were done. A line is printed. ``about`` describes the new training.
+    Raises ValueError for the checkpoint of another run.
     """
     if path is None or not Path(path).exists():
         return None
@@ -69,9 +71,9 @@ def usable(path, about, total, precisions) -> tuple[dict[str, str], dict[str, to
 
 
 def resume(found, total, net, optimizer, generator, scaler) -> tuple[int, list, torch.Tensor]:
-    """Resume from what ``usable`` found: updates done, history and running sums.
+    """Load what ``usable`` found, and return the updates done, the history and the running sums.
 
-    Of a training whose ``total`` updates are done the network alone is loaded.
+    If all ``total`` updates were done, only the network is loaded.
     """
     if found is None:
         return 0, [], torch.zeros(2, device=generator.device)
@@ -85,7 +87,7 @@ def resume(found, total, net, optimizer, generator, scaler) -> tuple[int, list, 
 
 
 def load_optimiser(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the optimiser's part of a checkpoint, each tensor in its parameter's memory format."""
+    """Load the optimiser's tensors of a checkpoint, each in its parameter's memory format."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = optimizer.state_dict()
     for key in (k for k in tensors if k.startswith("optimizer.")):

@@ -1,7 +1,8 @@
-"""A data set's folder as tensors: MVTec AD, MPDD, BTAD, VisA, or any folder in MVTec's layout."""
+"""A data set's folder as tensors: MVTec AD, BTAD, VisA, or any folder in MVTec AD's layout."""
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -11,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -22,26 +22,27 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-# Not read from a folder of one's own: EPS is a program (Ghostscript would run it), of the others
-# PIL knows only the name.
-NOT_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-CACHE_VERSION = 2  # part of every entry's name: raise it when decoding changes
-CLASSES = 40  # at most so many values of a mask are numbers or colours of classes
-MOST_MARKED = 0.9  # of an image, above which its mask may be black on white
-CACHE_PREFIX = "cplib-images-"
+from cplib.settings import setting
+
 LAYOUT = "<root>/<category>/{train/good, test/good, test/<defect>, ground_truth/<defect>}/*.png"
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # of a data set's images, and their names' ends:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-NORMAL = ("good", "ok")  # the folder of normal images: MVTec AD and MPDD; BTAD
-VISA = "split_csv/1cls.csv"  # VisA's one-class protocol: only there are its splits
-COLUMNS = ("object", "split", "label", "image", "mask")
+# A folder of own images may hold all formats of PIL but these. EPS is a program, which Ghostscript
+# would run. PIL knows only the names of the others.
+NOT_IMAGES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+NORMAL = ("good", "ok")  # the folder of normal images: MVTec AD's name, and BTAD's
+VISA = "split_csv/1cls.csv"  # the table of VisA's one-class protocol: no other file has its splits
+VISA_COLUMNS = ("object", "split", "label", "image", "mask")
+MOST_CLASSES = 40  # a mask with more values than this has shades, not classes
+MOST_MARKED = 0.9  # share of an image; a mask that marks more may be black on white
+CACHE_VERSION = 2  # part of every entry's name: raise it when decoding changes
 
 
 @contextlib.contextmanager
 def atomic(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A temporary file or folder to write to; renamed to ``path`` at the end, whole or not at all.
+    """Give a temporary file or folder to write to, and rename it to ``path`` at the end.
 
-    OSError in one line where that fails.
+    If anything fails, nothing appears at ``path``. Raises OSError, one line, if writing fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}-{uuid.uuid4().hex[:8]}")
@@ -64,15 +65,15 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """What is known of a data set: its categories, and which of them always lie the same way."""
+    """What is known about a data set."""
 
     textures: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
-    aligned: tuple[str, ...] = ()  # one Gaussian for each position (A.5)
+    aligned: tuple[str, ...] = ()  # objects that always lie the same way: see A.5
     train: tuple[int, ...] = ()  # official numbers of training images, in the categories' order
-    normal: tuple[int, ...] = ()  # and of normal and of anomalous test images
-    anomalous: tuple[int, ...] = ()
-    published: bool = False  # whether the paper has numbers for it
+    normal: tuple[int, ...] = ()  # of normal test images
+    anomalous: tuple[int, ...] = ()  # of anomalous test images
+    published: bool = False  # whether the paper has results on it
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -80,40 +81,19 @@ class DataSet:
         return self.textures + self.objects
 
 
+ALIGNED = ("bottle", "cable", "capsule", "metal_nut", "pill", "toothbrush", "transistor", "zipper")
 MVTEC = DataSet(
     textures=("carpet", "grid", "leather", "tile", "wood"),
-    objects=(
-        "bottle",
-        "cable",
-        "capsule",
-        "hazelnut",
-        "metal_nut",
-        "pill",
-        "screw",
-        "toothbrush",
-        "transistor",
-        "zipper",
-    ),
-    aligned=(
-        "bottle",
-        "cable",
-        "capsule",
-        "metal_nut",
-        "pill",
-        "toothbrush",
-        "transistor",
-        "zipper",
-    ),
+    objects=tuple(sorted((*ALIGNED, "hazelnut", "screw"))),
+    aligned=ALIGNED,
     train=(280, 264, 245, 230, 247, 209, 224, 219, 391, 220, 267, 320, 60, 213, 240),
     normal=(28, 21, 32, 33, 19, 20, 58, 23, 40, 22, 26, 41, 12, 60, 32),
     anomalous=(89, 57, 92, 84, 60, 63, 92, 109, 70, 93, 141, 119, 30, 40, 119),
     published=True,
 )
 DEMO = DataSet(textures=("brick", "fabric"), objects=("sieve",), aligned=("sieve",))
-# "own" is any other folder in MVTec's layout, whatever its categories are called.
-OTHERS = ("visa", "btad", "mpdd", "own")
-DATASETS = {"mvtec": MVTEC, "demo": DEMO} | dict.fromkeys(OTHERS, DataSet())
-MPDD = {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"}
+# "own" is any other folder in MVTec AD's layout.
+DATASETS = {"mvtec": MVTEC, "demo": DEMO} | dict.fromkeys(("visa", "btad", "own"), DataSet())
 
 
 class DataError(ValueError):
@@ -121,7 +101,7 @@ class DataError(ValueError):
 
 
 class Item(NamedTuple):
-    """An image of a data set."""
+    """The files of one image."""
 
     image: Path
     kind: str  # "good" or the kind of anomaly
@@ -129,7 +109,7 @@ class Item(NamedTuple):
 
 
 def categories(root: str | Path) -> list[str]:
-    """Return the sorted names of the categories in `root`; DataError if there are none."""
+    """The sorted names of the categories in ``root``. Raises DataError if there are none."""
     root = Path(root)
     if (root / VISA).is_file():
         found = sorted({row["object"] for row in _visa(root)})
@@ -143,8 +123,8 @@ def categories(root: str | Path) -> list[str]:
 def identify(root: str | Path) -> str:
     """Which data set a folder holds: a name of ``DATASETS``.
 
-    MVTec AD is known by its categories' names and numbers of training images: an own folder named
-    "bottle" is not set beside the paper's numbers.
+    MVTec AD is recognised by the names of its categories and their numbers of training images.
+    A folder of own images that is called "bottle" is "own": the paper's numbers are not about it.
     """
     root = Path(root)
     if (root / VISA).is_file():
@@ -156,15 +136,14 @@ def identify(root: str | Path) -> str:
     if set(found) <= set(official):
         numbers = {k: len(_images_in(v / _normal(v.parent))) for k, v in found.items()}
         return "mvtec" if numbers.items() <= official.items() else "own"
-    if all((folder / "ok").is_dir() for folder in found.values()):
-        return "btad"
-    return "mpdd" if set(found) <= MPDD else "own"
+    return "btad" if all((folder / "ok").is_dir() for folder in found.values()) else "own"
 
 
 def files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
-    """Return the images of a split, normal ones first, and whether masks belong to them."""
-    if split not in ("train", "test"):
-        raise DataError(f"{root}: no split {split!r}; expected 'train' or 'test'")
+    """The images of a split, "train" or "test", and whether they have masks.
+
+    Normal images come first. Raises DataError for a category that is not there.
+    """
     visa = (root / VISA).is_file()
     if category not in (categories(root) if visa else [path.name for path in _folders(root)]):
         known = ", ".join(categories(root))
@@ -174,7 +153,7 @@ def files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
 
 @contextlib.contextmanager
 def as_data_error(path: Path, expected: str) -> Iterator[None]:
-    """Turn whatever is raised into a DataError of one line that names `path`."""
+    """Turn every exception into a DataError of one line that names ``path``."""
     try:
         yield
     except Exception as error:  # damaged files make decoders raise nearly anything
@@ -183,13 +162,14 @@ def as_data_error(path: Path, expected: str) -> Iterator[None]:
 
 
 def check_names(paths: Iterable[Path]) -> None:
-    """DataError for a name that cannot stand in a CSV file and in a message of one line."""
+    """Raise DataError for a name that cannot stand in a CSV file or in a message of one line."""
     for path in paths:
         if "\n" in path.name or path.name.encode(errors="ignore").decode() != path.name:
             raise DataError(f"{str(path)!r}: expected a name in UTF-8, on one line")
 
 
 def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name, without hidden files."""
     with as_data_error(folder, f"a folder of {LAYOUT}"):
         found = sorted(folder.iterdir(), key=lambda path: path.name)
     check_names(found)
@@ -201,16 +181,18 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    # not is_file(): a link that leads nowhere has to be an error, not one image fewer
+    """The images in a folder, by their names. A link that leads nowhere is one, to be an error."""
     found = [path for path in _entries(folder) if not path.is_dir()]
     return [path for path in found if path.suffix.lower() in SUFFIXES]
 
 
 def _normal(folder: Path) -> str | None:
+    """How a category calls its folder of normal images; None if the folder is no category."""
     return next((name for name in NORMAL if (folder / "train" / name).is_dir()), None)
 
 
 def _folder_files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
+    """``files`` of a data set in MVTec AD's layout."""
     folder = root / category
     normal = _normal(folder) or NORMAL[0]
     masked = split == "test" and (folder / "ground_truth").is_dir()
@@ -220,7 +202,7 @@ def _folder_files(root: Path, category: str, split: str) -> tuple[list[Item], bo
     items = []
     for kind in kinds:
         if kind.name == normal:
-            items += _normal_items(kind)
+            items += [Item(image, "good", None) for image in _images_in(kind)]
         else:
             items += _anomalous_items(folder, kind, masked)
     if not items:
@@ -229,11 +211,8 @@ def _folder_files(root: Path, category: str, split: str) -> tuple[list[Item], bo
     return items, masked
 
 
-def _normal_items(kind: Path) -> list[Item]:
-    return [Item(image, "good", None) for image in _images_in(kind)]
-
-
 def _anomalous_items(folder: Path, kind: Path, masked: bool) -> Iterator[Item]:
+    """The images of one kind of anomaly, each with its mask: 000_mask.png or 000.png."""
     truth = folder / "ground_truth" / kind.name
     masks = {path.stem: path for path in _images_in(truth)} if masked and truth.is_dir() else {}
     for image in _images_in(kind):
@@ -245,17 +224,19 @@ def _anomalous_items(folder: Path, kind: Path, masked: bool) -> Iterator[Item]:
 
 
 def _visa(root: Path) -> list[dict[str, str]]:
+    """The rows of VisA's table."""
     with (
-        as_data_error(root / VISA, f"the columns {','.join(COLUMNS)}"),
+        as_data_error(root / VISA, f"the columns {','.join(VISA_COLUMNS)}"),
         (root / VISA).open(newline="", encoding="utf-8-sig") as file,
     ):
-        rows = [{name: row[name] for name in COLUMNS} for row in csv.DictReader(file)]
+        rows = [{name: row[name] for name in VISA_COLUMNS} for row in csv.DictReader(file)]
         if not rows or any(None in row.values() for row in rows):
             raise ValueError("a row is missing or too short")
     return rows
 
 
 def _visa_files(root: Path, category: str, split: str) -> tuple[list[Item], bool]:
+    """``files`` of VisA."""
     rows = [row for row in _visa(root) if (row["object"], row["split"]) == (category, split)]
     items = [_visa_item(root, row) for row in rows]
     items = [item for item in items if split == "test" or item.kind == "good"]
@@ -270,6 +251,7 @@ def _visa_files(root: Path, category: str, split: str) -> tuple[list[Item], bool
 
 
 def _visa_item(root: Path, row: dict[str, str]) -> Item:
+    """The image of one row. Raises DataError if a path leads out of the row's object."""
     for name in (row["image"], row["mask"] or row["image"]):
         parts = PurePosixPath(name).parts
         if parts[:1] != (row["object"],) or ".." in parts:
@@ -281,7 +263,7 @@ def _visa_item(root: Path, row: dict[str, str]) -> Item:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one split, and what is known about each."""
+    """The images of one split: N of them."""
 
     pixels: torch.Tensor  # uint8 (N, 3, H, W)
     labels: torch.Tensor  # int64 (N,): 0 normal, 1 anomalous
@@ -290,69 +272,59 @@ class Images:
     names: tuple[str, ...]  # path below the category folder: "test/good/000.png"
 
     def __len__(self) -> int:
-        """Return the number of images, N."""
+        """The number of images, N."""
         return len(self.names)
 
 
-def load(
-    root: str | Path,
-    category: str,
-    split: str,
-    size: int | tuple[int, int] = 256,
-    *,
-    cache: str | Path | None = None,
-) -> Images:
-    """Load split "train" or "test" at `size` pixels, square or (height, width), or DataError.
+def load(root: str | Path, category: str, split: str, size: int | tuple[int, int] = 256) -> Images:
+    """Load the split "train" or "test" of a category, resized to ``size`` pixels.
 
-    `root` holds MVTec AD, MPDD, BTAD, VisA, or images in the first one's layout.
-    What was decoded is kept in the folder `cache` (default: $CPLIB_CACHE or the user's cache).
+    ``size`` is a side, or (height, width). Decoded images are kept in $CPLIB_CACHE. Warns of masks
+    that mark nothing or nearly all. Raises DataError for anything that is missing or damaged.
     """
-    shape = _shape(size)
     items, masked = files(Path(root), category, split)
-    entry = _cache_entry(cache, items, [split, shape, masked])
+    entry = _cache_entry(items, split, _shape(size), masked)
     images = _restore(entry)
     if images is None:
-        images = _decode(Path(root, category), items, shape, masked)
+        images = _decode(Path(root, category), items, _shape(size), masked)
         _keep(images, entry)
-    for line in odd_masks(images, items):
-        warnings.warn(line, stacklevel=2)
+    for item, mask in zip(items, images.masks, strict=True) if masked else ():
+        share = float(mask.float().mean())
+        if item.mask and not share:
+            line = "marks nothing; the image counts in no pixel metric"
+        elif share > MOST_MARKED:
+            line = f"marks {share:.0%} of the image; is it black on white?"
+        else:
+            continue
+        warnings.warn(f"{item.mask}: {line}", stacklevel=2)
     return images
 
 
-def odd_masks(images: Images, items: list[Item]) -> Iterator[str]:
-    """A line for each mask that marks nothing, or nearly all of its image."""
-    for i, item in enumerate(items if images.masks is not None else ()):
-        share = float(images.masks[i].float().mean())
-        if item.mask and not share:
-            yield f"{item.mask}: marks nothing; the image counts in no pixel metric"
-        elif share > MOST_MARKED:
-            yield f"{item.mask}: marks {share:.0%} of the image; is it black on white?"
-
-
 def fingerprints(root: str | Path, category: str, size: int = 256) -> dict[str, str]:
-    """The `fingerprint` of each split; images that were decoded before are not read again."""
+    """The ``fingerprint`` of each split. Images that are in the cache are not read again."""
     found = {}
     for split in ("train", "test"):
         items, masked = files(Path(root), category, split)
-        noted = _noted_fingerprint(_cache_entry(None, items, [split, _shape(size), masked]))
+        noted = _noted_fingerprint(_cache_entry(items, split, _shape(size), masked))
         found[split] = noted or fingerprint(load(root, category, split, size))
     return found
 
 
 def original_size(root: str | Path, category: str) -> tuple[int, int]:
-    """Width and height in pixels of the category's first test image, as its file has it."""
-    with Image.open(files(Path(root), category, "test")[0][0].image) as image:
-        return image.size
+    """Width and height in pixels of the category's first test image, before it is resized."""
+    return size_of(files(Path(root), category, "test")[0][0].image)
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The files below `folder` named as a format that PIL reads, sorted; DataError if none is."""
+    """The files below ``folder`` that are images by their names, sorted.
+
+    Hidden files and folders are left out. Raises DataError if no image is left.
+    """
     folder = Path(folder).expanduser()
     with as_data_error(folder, "a folder of images"):
         if not folder.is_dir():
             raise NotADirectoryError("no such folder")
-        suffixes = _suffixes()
-        found = [path for path in _files(folder) if path.suffix.lower() in suffixes]
+        found = [path for path in _files(folder) if path.suffix.lower() in _suffixes()]
         if not found:
             raise FileNotFoundError("no images in this folder")
     check_names(found)
@@ -360,16 +332,15 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def left_out(folder: str | Path) -> str:
-    """A line on the files below `folder` that `image_files` leaves out by their names, or ""."""
-    ours = _suffixes()
+    """One line that counts the files below ``folder`` that ``image_files`` leaves out, or ""."""
     ends = [path.suffix.lower() for path in _files(Path(folder).expanduser())]
-    ends = [end for end in ends if end not in ours]
+    ends = [end for end in ends if end not in _suffixes()]
     kinds = ", ".join(sorted({end or "no ending" for end in ends}))
     return f"{folder}: left out, no images by their names: {len(ends)} ({kinds})" if ends else ""
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image as it is shown; DataError where it is none."""
+    """Width and height in pixels of an image as it is shown. Raises DataError if it is none."""
     path = Path(path)
     with as_data_error(path, "an image"), _open(path, _formats()) as image:
         if image.format == "TIFF":  # its size on opening depends on PIL's version
@@ -381,11 +352,11 @@ def size_of(path: str | Path) -> tuple[int, int]:
 def read_images(
     paths: Iterable[str | Path], size: int | tuple[int, int] = 256, *, pad: bool = False
 ) -> tuple[torch.Tensor, list[Path], list[str]]:
-    """Images of any size and format of PIL's as uint8 (N, 3, H, W), resized as `load` does.
+    """Read images of any size and format as uint8 (N, 3, H, W), resized as ``load`` does.
 
-    Returns the pixels, the paths that they came from, and a line for each file that is no image.
-    With ``pad`` images keep their shape, and the pixels at their edges fill what is left. Of an
-    animation the first frame is taken.
+    Returns the pixels, the paths that were read, and a line for each file that is no image.
+    With ``pad``, an image keeps its shape, and its edges are repeated to fill the rest. The first
+    frame of an animation is read.
     """
     paths, shape, formats = [Path(path) for path in paths], _shape(size), _formats()
 
@@ -404,27 +375,34 @@ def read_images(
     return torch.from_numpy(pixels), [paths[i] for i in whole], problems
 
 
+def pixels_digest(pixels: torch.Tensor) -> str:
+    """SHA-256 of pixels, uint8 (N, 3, H, W): 64 hex digits, whatever the memory format is."""
+    return hashlib.sha256(_contiguous(pixels)).hexdigest()
+
+
 def fingerprint(images: Images) -> str:
-    """Return 16 hex digits of a SHA-256 over pixels, labels, kinds, names and masks."""
+    """16 hex digits of a SHA-256 of pixels, labels, kinds, names and masks."""
     tensors = [images.pixels, images.labels, images.masks]
     shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
     digest = hashlib.sha256(json.dumps([shapes, images.kinds, images.names]).encode())
     for tensor in tensors:
         if tensor is not None:
-            array = tensor.cpu().numpy().reshape(-1)
-            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            digest.update(little.view(np.uint8))
+            digest.update(_contiguous(tensor))
     return digest.hexdigest()[:16]
 
 
+def _contiguous(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's values on the CPU, in the order of its indices."""
+    return tensor.cpu().contiguous().numpy()
+
+
 def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
-        raise DataError(f"size {size!r}: expected a whole number above 0, or (height, width)")
-    return int(pair[0]), int(pair[1])
+    """Height and width in pixels."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: bool) -> Images:
+    """Read the images of a split, several at a time."""
     pixels = np.empty((len(items), 3, *shape), np.uint8)
     masks = np.zeros((len(items), *shape), bool) if masked else None
 
@@ -447,29 +425,32 @@ def _decode(folder: Path, items: list[Item], shape: tuple[int, int], masked: boo
 
 
 def _formats() -> tuple[str, ...]:
+    """PIL's names of the formats that own images may have."""
     Image.init()
     return tuple(sorted(set(Image.OPEN) - NOT_IMAGES))
 
 
+@functools.cache
 def _suffixes() -> set[str]:
+    """The endings of these formats' file names, in lower case."""
     formats = _formats()
     return {end for end, name in Image.registered_extensions().items() if name in formats}
 
 
 def _files(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if not p.is_dir() and not _hidden(p, folder)]
-
-
-def _hidden(path: Path, folder: str | Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    """All files below a folder, without those that are hidden or in hidden folders."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    return [folder / path for path in found if not any(part[0] == "." for part in path.parts)]
 
 
 def _resized(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    """An image as (3, height, width) of this shape."""
     resized = image.resize(shape[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized).transpose(2, 0, 1)
 
 
 def _padded(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    """As ``_resized``, but the image keeps its shape: its edges fill the rest."""
     scale = min(shape[0] / image.height, shape[1] / image.width)
     small = _resized(image, tuple(max(1, round(scale * v)) for v in image.size[::-1]))
     rest = [wanted - found for wanted, found in zip(shape, small.shape[1:], strict=True)]
@@ -477,6 +458,7 @@ def _padded(image: Image.Image, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _read(path: Path, mode: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An image of 8 bits a channel, turned as its EXIF data says."""
     expected = "a whole image of 8 or 16 bits a channel"
     with as_data_error(path, expected), _open(path, formats) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -486,12 +468,14 @@ def _read(path: Path, mode: str, formats: tuple[str, ...] = FORMATS) -> Image.Im
 
 
 def _open(path: Path, formats: tuple[str, ...]) -> Image.Image:
-    if not path.is_file():  # a pipe would be waited for
+    """PIL's Image.open for regular files only: it would wait for a pipe."""
+    if not path.is_file():
         raise FileNotFoundError("no such file")
     return Image.open(path, formats=formats)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
+    """An image of 16 bits scaled to 8; PIL would clip it. Raises ValueError for 32 bits."""
     if image.mode in ("I", "F"):
         raise ValueError(f"32 bits a pixel (mode {image.mode})")
     if not image.mode.startswith("I;16"):
@@ -501,55 +485,59 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """A mask as bool (height, width) of this shape. ``size`` is its image's, (width, height)."""
     with as_data_error(path, "a whole mask"), _open(path, FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
         marked = _marked(image)
     if image.size != size:
         found, expected = ("x".join(map(str, pair)) for pair in (image.size, size))
         raise DataError(f"{path}: mask of {found} pixels; expected {expected}")
-    marked = Image.fromarray(marked.astype(np.uint8))  # of bools PIL makes bytes of 0 and 255
+    marked = Image.fromarray(marked.astype(np.uint8))  # PIL turns bools into 0 and 255
     return np.asarray(marked.resize(shape[::-1], Image.Resampling.NEAREST)) > 0
 
 
 def _marked(image: Image.Image) -> np.ndarray:
-    """The pixels (H, W) that a mask marks, bool, whatever its values are.
+    """The pixels that a mask marks, bool (H, W), whatever its values are.
 
-    A few values are classes: all but 0 (black) count. Of shades, as in a mask that was resized or
-    was a JPEG, those above half of the largest count: many values, or some just below the largest.
+    A mask with few values has classes: all values but 0 (black) are marked. A mask that was
+    resized or saved as JPEG has shades: values above half of the largest are marked. Shades are
+    many values, or some just below the largest.
     """
     wide = image.mode[:1] in "IF"  # 16 or 32 bits a pixel
     values = np.asarray(image) if wide else np.asarray(image.convert("RGB")).max(2)
     if image.mode == "P" and values.min() > 0:  # no colour is black
         values = np.asarray(image)
-    levels = np.unique(values)
-    top = levels[-1]
-    close = top >= 128 and ((levels > 0.94 * top) & (levels < top)).any()
-    shades = close or len(levels) > CLASSES or image.format == "JPEG"
+    found = np.unique(values)
+    top = found[-1]
+    close = top >= 128 and ((found > 0.94 * top) & (found < top)).any()
+    shades = close or len(found) > MOST_CLASSES or image.format == "JPEG"
     return values > (top / 2 if shades else 0)
 
 
-def _cache_entry(cache: str | Path | None, items: list[Item], options: list) -> Path:
+def _cache_entry(items: list[Item], split: str, shape: tuple[int, int], masked: bool) -> Path:
+    """The file that keeps a decoded split: its name changes with every file of the split."""
     states = []
     for path in (path for item in items for path in (item.image, item.mask) if path):
         with as_data_error(path, "an image"):
             state = path.stat()
         states.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
     kinds = [item.kind for item in items]
+    options = [split, shape, masked]
     key = json.dumps([CACHE_VERSION, PIL.__version__, options, states, kinds])
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = cache or os.environ.get("CPLIB_CACHE") or os.path.join(home, "cplib")
-    name = f"{CACHE_PREFIX}{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    return Path(folder, name)
+    folder = setting("CPLIB_CACHE") or Path(setting("XDG_CACHE_HOME"), "cplib").expanduser()
+    return Path(folder, f"cplib-images-{hashlib.sha256(key.encode()).hexdigest()}.safetensors")
 
 
 def _noted_fingerprint(entry: Path) -> str | None:
+    """The fingerprint in a cache entry, None if it cannot be read."""
     with contextlib.suppress(Exception), safe_open(entry, framework="pt") as file:
         return json.loads(file.metadata()["images"])["fingerprint"]
     return None
 
 
 def _restore(entry: Path) -> Images | None:
-    with contextlib.suppress(Exception):  # whatever is wrong with an entry: decode again
+    """The images in a cache entry, None if it is missing or damaged."""
+    with contextlib.suppress(Exception):  # whatever is wrong: decode again
         with safe_open(entry, framework="pt") as file:
             note = json.loads(file.metadata()["images"])
             fields = {"masks": None} | {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -560,8 +548,9 @@ def _restore(entry: Path) -> Images | None:
 
 
 def _keep(images: Images, entry: Path) -> None:
+    """Write a cache entry. A cache that cannot be written is no error: it only saves time."""
     fields = {"pixels": images.pixels, "labels": images.labels, "masks": images.masks}
     tensors = {key: tensor for key, tensor in fields.items() if tensor is not None}
     note = {"kinds": images.kinds, "names": images.names, "fingerprint": fingerprint(images)}
-    with contextlib.suppress(OSError), atomic(entry) as part:  # read-only, full: it saves only time
+    with contextlib.suppress(OSError), atomic(entry) as part:
         save_file(tensors, part, metadata={"images": json.dumps(note)})

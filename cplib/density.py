@@ -9,16 +9,20 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.model_selection import KFold
 from torch import Tensor
 
-CHUNK = 16  # places whose covariances are in memory at once
+PLACE_BATCH = 16  # places whose covariances are in memory together
+FOLDS = 5  # of ``held_out``
 
 
 def l2_normalise(z: Tensor) -> Tensor:
-    """Features (..., D) scaled to length one, as the authors' earlier code does."""
+    """Scale features (..., D) to length one, as the authors' earlier code does."""
     return torch.nn.functional.normalize(z, dim=-1)
 
 
 def moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
-    """Number, sum (D,) and sum of the outer products (D, D), float64, of features (N, D) each."""
+    """The number of all features, their sum (D,), and the sum of their outer products (D, D).
+
+    Each chunk is (N, D). Sums are in float64.
+    """
     count, total, square = 0, 0.0, 0.0
     for z in chunks:
         z = z.double()
@@ -28,9 +32,10 @@ def moments(chunks: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """One Gaussian, or one for each leading index: ``mean`` (..., D), ``factor`` (..., D, D).
+    """One Gaussian, or one for each leading index.
 
-    ``factor`` is the lower Cholesky factor of the covariance, in float64.
+    ``mean`` is (..., D). ``factor`` (..., D, D) is the lower Cholesky factor of the covariance.
+    Both are float64.
     """
 
     mean: Tensor
@@ -38,9 +43,10 @@ class Gaussian:
 
     @classmethod
     def fit(cls, z: Tensor, *, reg_covar: float = 1e-6) -> "Gaussian":
-        """Maximum likelihood for features z (..., N, D), ``reg_covar`` added to the diagonal.
+        """Fit to features z (..., N, D) by maximum likelihood.
 
-        Raises ValueError if there are none, if one is not finite, or if the covariance is singular.
+        ``reg_covar`` is added to the covariance's diagonal. Raises ValueError if there is no
+        feature, if one is not finite, or if the covariance is singular.
         """
         if z.shape[-2] == 0 or not torch.isfinite(z).all():
             raise ValueError("a Gaussian needs at least one feature vector, all of them finite")
@@ -51,7 +57,7 @@ class Gaussian:
 
     @classmethod
     def fit_shrunk(cls, z: Tensor) -> "Gaussian":
-        """For features z (N, D), the covariance shrunk towards a sphere as Ledoit and Wolf do."""
+        """Fit to features z (N, D), with the covariance shrunk by Ledoit and Wolf's method."""
         covariance, _ = ledoit_wolf(z.double().cpu().numpy())
         return cls._from(z.double().mean(0), torch.from_numpy(covariance).to(z.device), 0.0)
 
@@ -59,7 +65,7 @@ class Gaussian:
     def from_moments(
         cls, count: int, total: Tensor, square: Tensor, *, reg_covar: float = 1e-6
     ) -> "Gaussian":
-        """As ``fit`` for features of which only these sums are left: see ``moments``."""
+        """As ``fit``, from the sums that ``moments`` returns instead of the features."""
         if count == 0 or not torch.isfinite(square).all():
             raise ValueError("a Gaussian needs at least one feature vector, all of them finite")
         mean = total / count
@@ -67,6 +73,7 @@ class Gaussian:
 
     @classmethod
     def _from(cls, mean: Tensor, covariance: Tensor, reg_covar: float) -> "Gaussian":
+        """Add ``reg_covar`` to the diagonal, in place, and factorise."""
         covariance.diagonal(dim1=-2, dim2=-1).add_(reg_covar)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed.any():
@@ -81,28 +88,27 @@ class Gaussian:
 
     @property
     def log_normaliser(self) -> Tensor:
-        """What ``score`` leaves out of the negative log density: one number a Gaussian, (...)."""
+        """The part of the negative log density that ``score`` leaves out: (...) of them."""
         diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         return diagonal.log().sum(-1) + self.mean.shape[-1] * math.log(2 * math.pi) / 2
 
 
-def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian], *, folds: int = 5) -> float:
-    """Mean negative log density of features z (N, D), nats, each under a fit without its fold.
+def held_out(z: Tensor, fit: Callable[[Tensor], Gaussian]) -> float:
+    """Mean negative log density, in nats, of features z (N, D): the lower, the better the fit.
 
-    Evidence for a choice of ``fit`` that needs no anomalous image: the lower the better. A
-    network that was trained on these images has seen them all, the fit has not. Raises ValueError
-    for fewer than two.
+    Each feature is scored by a Gaussian that was fitted to the other folds. This compares ways to
+    ``fit`` without an anomalous image. Raises ValueError for fewer than two features.
     """
-    parts = KFold(min(folds, len(z)), shuffle=True, random_state=0).split(z)
+    parts = KFold(min(FOLDS, len(z)), shuffle=True, random_state=0).split(z)
     gaussians = ((fit(z[kept]), z[left]) for kept, left in parts)
     return float(torch.cat([g.score(left) + g.log_normaliser for g, left in gaussians]).mean())
 
 
 @dataclass(frozen=True)
 class PositionGaussians:
-    """One Gaussian for each place (A.5), kept as the features z (N, P, D) that they are fitted to.
+    """One Gaussian for each place (A.5). It keeps the features z (N, P, D) and fits when it scores.
 
-    D x D factors of every place would take more memory than the features, and no less time.
+    The factors of all places, (P, D, D), would need more memory and save no time.
     """
 
     z: Tensor
@@ -111,7 +117,7 @@ class PositionGaussians:
     def score(self, z: Tensor) -> Tensor:
         """Anomaly scores (M, P) of z (M, P, D): half the squared distance of eq. 2."""
         scores = []
-        for normal, part in zip(self.z.split(CHUNK, 1), z.split(CHUNK, 1), strict=True):
+        for normal, part in zip(self.z.split(PLACE_BATCH, 1), z.split(PLACE_BATCH, 1), strict=True):
             gaussians = Gaussian.fit(normal.transpose(0, 1), reg_covar=self.reg_covar)
             scores.append(gaussians.score(part.transpose(0, 1)))
         return torch.cat(scores).T

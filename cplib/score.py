@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cplib.density import Gaussian, PositionGaussians, l2_normalise, moments
+from cplib.density import PLACE_BATCH, Gaussian, PositionGaussians, l2_normalise, moments
 from cplib.localize import gradcam, level_features, positions, upsample, window_features
 from cplib.model import PretextNet, embed
 from cplib.run import Run
 
-CHUNK = 32  # images whose window features are in memory at once
+IMAGE_BATCH = 32  # images whose features are in memory together
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A run's network with the density of its normal images' features: scores new images.
+    """A run's network and the density of the features of normal images: it scores new images.
 
-    An image has P places: one, with ``run.window`` one a window, with ``run.levels`` one a place of
-    their map. Its score is that of its worst.
+    Scores are computed for P places of an image: the whole image (P = 1), every window, or every
+    cell of a feature map. The image's score is the highest of them.
     """
 
     run: Run
@@ -30,11 +30,14 @@ class Scorer:
 
     @classmethod
     def fit(cls, run: Run, net: PretextNet, normal: Tensor, *, level: int = 0) -> "Scorer":
-        """Fit to ``normal`` images, uint8 (N, 3, H, W); ``level`` of an EfficientNet as in 4.3."""
+        """Fit to ``normal`` images, uint8 (N, 3, H, W).
+
+        With ``level``, an EfficientNet's pooled features of this level are used (4.3).
+        """
         if by_position(run) or not run.dense:
             density = fit_density(run, features(run, net, normal, level=level))
         else:  # never all of them in memory
-            chunks = (features(run, net, part).flatten(0, 1) for part in normal.split(CHUNK))
+            chunks = (features(run, net, part).flatten(0, 1) for part in normal.split(IMAGE_BATCH))
             density = Gaussian.from_moments(*moments(chunks), reg_covar=run.reg_covar)
         return cls(run, net, density, level)
 
@@ -43,7 +46,7 @@ class Scorer:
         if not len(pixels):
             return torch.empty(0, 1, dtype=torch.float64)
         whole = isinstance(self.density, PositionGaussians) or not self.run.dense
-        parts = [pixels] if whole else pixels.split(CHUNK)
+        parts = [pixels] if whole else pixels.split(IMAGE_BATCH)
         return torch.cat([score_features(self.density, self.features(part)) for part in parts])
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -55,9 +58,9 @@ class Scorer:
         return self.position_scores(pixels).amax(1)
 
     def maps(self, pixels: Tensor) -> Tensor:
-        """Anomaly maps (N, H, W): of the windows' scores (A.5), else GradCAM (4.2).
+        """Anomaly maps (N, H, W), from the scores of places (A.5), or by GradCAM (4.2).
 
-        ValueError for an image-level run that GradCAM has no answer for: one without training.
+        Raises ValueError for an image-level run without training: GradCAM explains nothing there.
         """
         if self.run.dense:
             return upsample_scores(self.run, self.position_scores(pixels), pixels.shape[2:])
@@ -72,7 +75,7 @@ def by_position(run: Run) -> bool:
 
 
 def features(run: Run, net: PretextNet, pixels: Tensor, *, level: int = 0) -> Tensor:
-    """Features (N, P, D), float32 on the CPU, of uint8 images; of length one where the run says."""
+    """Features (N, P, D), float32 on the CPU, of uint8 images (N, 3, H, W)."""
     if run.window:
         z = window_features(net, pixels, window=run.window, stride=run.stride).flatten(1, 2)
     elif run.levels:
@@ -86,8 +89,8 @@ def fit_density(run: Run, z: Tensor) -> Gaussian | PositionGaussians:
     """The density of features z (N, P, D): one Gaussian for each place, or one for all (A.5)."""
     if by_position(run) and run.window:
         return PositionGaussians(z, run.reg_covar)
-    if by_position(run):  # fewer places and features: their factors fit in memory
-        parts = [part.transpose(0, 1) for part in z.split(CHUNK, 1)]
+    if by_position(run):  # cells of feature maps: few enough to keep all factors
+        parts = [part.transpose(0, 1) for part in z.split(PLACE_BATCH, 1)]
         gaussians = [Gaussian.fit(part, reg_covar=run.reg_covar) for part in parts]
         return Gaussian(
             *(torch.cat([getattr(g, k) for g in gaussians]) for k in ("mean", "factor"))
@@ -105,9 +108,10 @@ def score_features(density: Gaussian | PositionGaussians, z: Tensor) -> Tensor:
 
 
 def upsample_scores(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scores (N, P) of places as anomaly maps (N, H, W) of images of that ``size``.
+    """Anomaly maps (N, H, W) of images of this ``size`` from the scores (N, P) of their places.
 
-    Those of windows by A.5's kernel; those of a level's square map by bilinear interpolation.
+    Scores of windows are spread by A.5's kernel. Those of a feature map, which has to be square,
+    are resized bilinearly.
     """
     if run.levels:
         maps = scores.float().unflatten(1, 2 * (math.isqrt(scores.shape[1]),))

@@ -1,9 +1,7 @@
 """Pretext training (section 2.1, A.1): one flat loop, visible and resumable."""
 
 import contextlib
-import hashlib
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -16,32 +14,33 @@ from torch.nn import functional as F
 
 from cplib import augment
 from cplib.checkpoint import resume, save, usable
+from cplib.datasets import pixels_digest
 from cplib.model import PretextNet, build
 from cplib.run import PRECISIONS, Run
+from cplib.settings import setting
 
-HISTORY_ROWS = 100
+HISTORY_ROWS = 100  # at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
+BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # units of processors; the last is ARM's
 
 
 class OutOfTime(Exception):
-    """The deadline passed: the checkpoint holds all that was done."""
+    """The deadline passed. The checkpoint holds all updates that were done."""
 
 
 def precision(run: Run, device: str | torch.device) -> str:
-    """What a new training of the run is in on this machine: "fp32", "bf16" or "fp16"."""
+    """The precision of a new training of the run on this machine: "fp32", "bf16" or "fp16"."""
     return precisions(run, device)[0]
 
 
 def precisions(run: Run, device: str | torch.device) -> list[str]:
-    """What the run may be trained in on this machine, the best first.
+    """The precisions in which the run may be trained on this machine, the best one first.
 
-    What the run says; for "auto" what $CPLIB_PRECISION says, else all that the hardware multiplies
-    in. A training that resumes stays in its own if that is among them.
+    ``run.precision`` decides. If it is "auto", $CPLIB_PRECISION decides. If that is "auto" too, all
+    precisions are allowed in which the hardware multiplies. A training that resumes keeps its
+    precision if it is allowed. Raises ValueError for an unknown $CPLIB_PRECISION.
     """
-    asked = run.precision
-    if asked == "auto":
-        asked = os.environ.get("CPLIB_PRECISION") or "auto"
+    asked = setting("CPLIB_PRECISION") if run.precision == "auto" else run.precision
     if asked not in PRECISIONS:
         raise ValueError(f"unknown CPLIB_PRECISION {asked!r}: one of {', '.join(PRECISIONS)}")
     if asked != "auto":
@@ -50,9 +49,9 @@ def precisions(run: Run, device: str | torch.device) -> list[str]:
 
 
 def computes_in(name: str, device: str | torch.device) -> bool:
-    """Whether the hardware multiplies in a precision: every device does in fp32.
+    """Whether the hardware multiplies in a precision. Every device does so in fp32.
 
-    In fp16 a GPU with tensor cores does, even one without bf16 (T4, V100).
+    Every GPU with tensor cores does so in fp16, even if it has no bf16 (T4, V100).
     """
     if name == "fp32":
         return True
@@ -65,46 +64,41 @@ def computes_in(name: str, device: str | torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: a GPU's name, or the processor's."""
+    """The name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {cpu_capabilities().get('cpu_name') or platform.machine()}"
 
 
 def cpu_capabilities() -> dict:
-    """What torch says of the processor; nothing from a torch too old to say (2.11)."""
+    """What torch knows about the processor; empty for a torch that is too old (2.11)."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def augmentation_kwargs(run: Run) -> dict[str, dict]:
-    """The run's fields as the options of each augmentation; lengths scaled to its size."""
-    scale = run.size / 256
-    patch = {"area": run.area, "aspect": run.aspect, "jitter": run.patch_jitter}
-    scar = {
-        "width": tuple(scale * v for v in run.scar_width),
-        "length": tuple(scale * v for v in run.scar_length),
-        "angle": run.scar_angle,
-        "jitter": run.patch_jitter,
-    }
-    plain = {k: v for k, v in patch.items() if k != "jitter"}
-    line = {k: v for k, v in scar.items() if k != "jitter"}
+    """The run's fields as options of each augmentation. Lengths are scaled to the run's size."""
+
+    def scaled(lengths: tuple[float, float]) -> tuple[float, float]:
+        return tuple(run.size / 256 * length for length in lengths)
+
+    patch = {"area": run.area, "aspect": run.aspect}
+    thin = {"width": scaled(run.scar_width), "length": scaled(run.scar_length)}
+    thin["angle"] = run.scar_angle
+    jitter = {"jitter": run.patch_jitter}
     return {
-        "cutpaste": patch,
-        "cutpaste_scar": scar,
-        "cutpaste_union": {"patch": patch, "thin": scar},
-        "cutout": plain,
-        "confetti": {
-            "side": tuple(scale * v for v in run.confetti_side),
-            "blur": scale * run.confetti_blur,
-        },
-        "scar": line,
+        "cutpaste": patch | jitter,
+        "cutpaste_scar": thin | jitter,
+        "cutpaste_union": {"patch": patch | jitter, "thin": thin | jitter},
+        "cutout": patch,
+        "scar": thin,
+        "confetti": {"side": scaled(run.confetti_side), "blur": run.size / 256 * run.confetti_blur},
     }
 
 
 def learning_rate(run: Run, update: int) -> float:
-    """One cosine cycle from ``run.learning_rate`` to nothing (A.1), after the head alone (A.4).
+    """The learning rate of an update: half a cosine from ``run.learning_rate`` to 0 (A.1).
 
-    Where the run has a warm-up, the rate first climbs in proportion to the updates done.
+    It is constant while the head is trained alone (A.4). In a warm-up it climbs linearly.
     """
     if update < run.head_updates:
         return run.head_learning_rate
@@ -114,7 +108,7 @@ def learning_rate(run: Run, update: int) -> float:
 
 
 def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
-    """The run's optimiser over what is not frozen: SGD with momentum (A.1), or AdamW."""
+    """The run's optimiser of all parameters that are not frozen: SGD (A.1) or AdamW."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     rates = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
     if run.optimizer == "adamw":
@@ -133,17 +127,18 @@ def training(
 ) -> Iterator[tuple[PretextNet, list[dict]]]:
     """Train the run's network on normal images, uint8 (N, 3, H, W).
 
-    Yields the network and its history, a dict a row (update, loss, accuracy, learning rate,
-    seconds), at the ``run.curve`` updates and after the last one; what the caller adds to the last
-    row is kept. With ``checkpoint``, a file, training resumes from it, in its precision, and writes
-    it every $CPLIB_CHECKPOINT_SECONDS (default 30) and after the last update; past ``deadline``
-    (seconds since the epoch) it is written and OutOfTime raised.
+    Yields the network and its history at ``run.curve`` points of training, the last update among
+    them, or at the last update alone. Each row of the history is a dict (update, loss, accuracy,
+    learning_rate, seconds); the caller may add entries to the last row.
+    ``checkpoint`` is a file. Training resumes from it, in its precision, and writes it every
+    $CPLIB_CHECKPOINT_SECONDS and after the last update. After ``deadline`` (seconds since the
+    epoch), training writes it and raises OutOfTime. ``weights`` is a folder of ImageNet weights.
     """
     about = provenance(run, pixels, device)
     found = usable(checkpoint, about, run.total_updates, precisions(run, device))
     if found:
         about["precision"] = found[0]["precision"]
-    settled = replace(run, precision=about["precision"])  # has another id than the run
+    settled = replace(run, precision=about["precision"])  # its id is not the run's
     net = build(run, weights).to(device, memory_format=torch.channels_last)
     optimizer = optimiser(run, net)
     generator = torch.Generator(device).manual_seed(run.stream)
@@ -151,11 +146,11 @@ def training(
     parts = net, optimizer, generator, scaler
     total = run.total_updates
     began, history, sums = resume(found, total, *parts)
-    del found  # twice the network, or more
+    del found  # at least twice as large as the network
     update = began
     pixels, points = pixels.to(device), _marks(run, run.curve)
     rows = _marks(run, HISTORY_ROWS) | points
-    interval = float(os.environ.get("CPLIB_CHECKPOINT_SECONDS") or 30)
+    interval = float(setting("CPLIB_CHECKPOINT_SECONDS"))
     started = saved = time.time() - (history[-1]["seconds"] if history else 0)
     while update < total:
         with _seeded(run, update, pixels.device):
@@ -166,7 +161,7 @@ def training(
         if update in points - {total}:
             paused = time.time()
             yield net, history
-            started += time.time() - paused  # not training time
+            started += time.time() - paused  # the caller's time is not training time
         late = deadline is not None and time.time() > deadline
         if checkpoint and update < total and (late or time.time() - saved > interval):
             save(checkpoint, about, total, update, history, sums, *parts)
@@ -179,14 +174,14 @@ def training(
 
 
 def fit(run: Run, pixels: torch.Tensor, *args, **options) -> tuple[PretextNet, pd.DataFrame]:
-    """The network after the last update, and its history; arguments as of ``training``."""
+    """The network after the last update, and its history. Arguments are those of ``training``."""
     *_, (net, history) = training(run, pixels, *args, **options)
     return net, pd.DataFrame(history)
 
 
 @contextlib.contextmanager
 def _seeded(run: Run, update: int, device: torch.device):
-    """EfficientNet-B4 drops layers at random, by torch's global state: set here, and put back."""
+    """Seed torch's global state for one update, and restore it: EfficientNet-B4 drops layers."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = (run.stream << 32) + update
         torch.default_generator.manual_seed(seed)  # torch.manual_seed: every GPU's, too
@@ -197,12 +192,12 @@ def _seeded(run: Run, update: int, device: torch.device):
 
 
 def _marks(run: Run, n: int) -> set[int]:
-    """At most n updates, evenly spaced, the last among them."""
+    """At most n updates, evenly spaced. The last update is one of them."""
     return {math.ceil(run.total_updates * i / n) for i in range(1, n + 1)}
 
 
 def _row(update, history, sums, optimizer, seconds) -> dict:
-    """The history's next row: means since the last one; ``sums`` starts again."""
+    """The next row of the history: means since the row before. Sets ``sums`` (2,) to zero."""
     loss, accuracy = (sums / (update - (history[-1]["update"] if history else 0))).tolist()
     sums.zero_()
     rate = optimizer.param_groups[0]["lr"]
@@ -211,15 +206,16 @@ def _row(update, history, sums, optimizer, seconds) -> dict:
 
 
 def grad_scaler(run: Run, device: str | torch.device) -> torch.amp.GradScaler:
-    """Scales the loss where training is in fp16, whose small gradients would be 0; else idle."""
+    """In fp16 it scales the loss, or small gradients would become 0. Else it does nothing."""
     fp16 = precision(run, device) == "fp16"
     return torch.amp.GradScaler(torch.device(device).type, enabled=fp16)
 
 
 def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> torch.Tensor:
-    """Update number ``update``, from 0; returns the loss and the accuracy on its batch, (2,).
+    """Do one update, and return the loss and the accuracy on its batch, (2,).
 
-    In the first ``run.head_updates`` the encoder stays as it is, its BatchNorm too (A.4).
+    ``update`` is its number, from 0. The first ``run.head_updates`` do not change the encoder, nor
+    the statistics of its BatchNorm (A.4).
     """
     device, head_only = pixels.device, update < run.head_updates
     optimizer.param_groups[0]["lr"] = learning_rate(run, update)
@@ -243,19 +239,18 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
 
 
 def crop_side(run: Run, update: int) -> int:
-    """Side in pixels of the crops that an update looks at; 0 for whole images."""
+    """Side in pixels of the crops that an update uses; 0 for whole images."""
     return run.crop if update < run.total_updates - round(run.whole * run.updates) else 0
 
 
 def draw(
     run: Run, pixels: torch.Tensor, generator, crop: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of the pretext task: images drawn, shifted, jittered, then cut and pasted.
+    """A batch of the pretext task: images (K * B, 3, H, W) in [0, 1], and their classes (K * B,).
 
-    With ``crop``, a side in pixels, a crop of each image takes its place before anything is pasted:
-    the anomaly lies in the crop (eq. 3).
-
-    Sources are drawn without replacement, or with it where the category has too few.
+    B normal images are drawn from ``pixels``, uint8 (N, 3, H, W); with replacement only if N is too
+    small. They are shifted and jittered, then each of K augmentations is applied. With ``crop``, a
+    side in pixels, a crop of each image is used instead of the image (eq. 3).
     """
     n, device = len(pixels), pixels.device
     if n >= run.sources:
@@ -271,10 +266,10 @@ def draw(
 
 
 def provenance(run: Run, pixels: torch.Tensor, device: str | torch.device) -> dict[str, str]:
-    """What a checkpoint says of itself: the training, its images, device and precision."""
+    """What a checkpoint says about itself: the training, its images, device and precision."""
     return {
         "run": run.training_id,
-        "data": hashlib.sha256(pixels.cpu().contiguous().numpy()).hexdigest()[:16],
+        "data": pixels_digest(pixels)[:16],
         "device": torch.device(device).type,
         "device_name": device_name(torch.device(device)),
         "precision": precision(run, device),

@@ -95,7 +95,10 @@ def category(tmp_path):
 
 
 def load(tmp_path):
-    return datasets.load(tmp_path / "set", "nut", "train", 8, cache=tmp_path / "cache")
+    """The training images, by way of a cache in the same folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CPLIB_CACHE", str(tmp_path / "cache"))
+        return datasets.load(tmp_path / "set", "nut", "train", 8)
 
 
 @pytest.mark.filterwarnings("ignore")

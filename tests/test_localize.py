@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cplib import localize
 from cplib.augment import crop
 from cplib.localize import gradcam, level_features, positions, upsample, window_features
 from cplib.metrics import peak_within
@@ -49,9 +50,10 @@ def test_a_image_smaller_than_a_window_is_refused_by_its_size(net, size):
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64)])
-def test_every_feature_is_that_of_its_own_window(net, height, width):
+def test_every_feature_is_that_of_its_own_window(net, monkeypatch, height, width):
     pixels = noise(2, height, width)
-    found = window_features(net, pixels, window=32, stride=8, batch=3)
+    monkeypatch.setattr(localize, "WINDOW_BATCH", 3)
+    found = window_features(net, pixels, window=32, stride=8)
     assert found.shape == (2, (height - 32) // 8 + 1, (width - 32) // 8 + 1, 512)
     for n, r, c in itertools.product(*map(range, found.shape[:3])):
         window = pixels[n : n + 1, :, 8 * r : 8 * r + 32, 8 * c : 8 * c + 32]
@@ -60,11 +62,12 @@ def test_every_feature_is_that_of_its_own_window(net, height, width):
         torch.testing.assert_close(found[n, r, c], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_features_of_levels_are_means_of_3x3_places_of_their_maps_joined():
+def test_the_features_of_levels_are_means_of_3x3_cells_of_their_maps_joined(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(localize, "LEVEL_BATCH", 2)
     net = PretextNet(2, backbone="efficientnet_lite0").eval()
     pixels = noise(3, 64, 96)
-    found = level_features(net, pixels, (4, 5), batch=2)
+    found = level_features(net, pixels, (4, 5))
     maps, x = [], (pixels[2:].float() / 255 - net.pixel_mean) / net.pixel_std
     with torch.no_grad():
         for stage in levels(net.encoder)[:5]:

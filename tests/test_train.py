@@ -96,23 +96,28 @@ def test_a_run_survives_json_and_a_field_of_another_version_is_named(changes):
     fields = json.loads(json.dumps(asdict(run)))
     read = Run.from_dict(fields)
     assert (read, read.id, hash(read)) == (run, run.id, hash(run))
-    with pytest.raises(ValueError, match="unknown field 'colour'"):
+    with pytest.raises(ValueError, match="colour: Unexpected"):
         Run.from_dict(fields | {"colour": 1})
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"method": "nonsense"}, "method 'nonsense'"),
+        ({"method": "nonsense"}, "method"),
         ({"size": 64.5}, "size"),
         ({"updates": -1}, "updates"),
         ({"freeze_batchnorm": True}, "freeze_batchnorm"),
         ({"head": 512}, "head"),
+        ({"area": (0.1, 0.2, 0.3)}, "area"),
+        ({"levels": (4, 5)}, "levels need an EfficientNet"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_by_name(changes, named):
+def test_a_run_that_cannot_be_is_refused_by_name_from_a_file_in_one_line(changes, named):
+    fields = {"method": "cutpaste", "category": "tile"} | changes
     with pytest.raises(ValueError, match=named):
-        Run(**({"method": "cutpaste", "category": "tile"} | changes))
+        Run(**fields)
+    with pytest.raises(ValueError, match=rf"^{named}[^\n]*\Z"):
+        Run.from_dict(fields)
 
 
 def test_runs_that_only_score_differently_have_one_training():

@@ -29,7 +29,8 @@ from cplib.localize import level_features, positions
 from cplib.metrics import auroc_between, f1_max
 from cplib.model import PretextNet, build
 from cplib.run import Run
-from cplib.score import CHUNK, Scorer, by_position, fit_density, score_features
+from cplib.score import IMAGE_BATCH as CHUNK
+from cplib.score import Scorer, by_position, fit_density, score_features
 from cplib.study.figures import overlay
 from cplib.study.jobs import BAR
 from cplib.study.profiles import METHOD, Profile
