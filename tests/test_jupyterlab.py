@@ -1,4 +1,7 @@
-"""A notebook in JupyterLab, as a person opens and runs it: a real server, a real browser."""
+"""A notebook in JupyterLab, as a person opens and runs it: a real server, a real browser.
+
+The screenshot goes to a temporary folder, or to the one that ``CPLIB_SCREENSHOTS`` names.
+"""
 
 import os
 import shutil
@@ -86,15 +89,17 @@ def until_up(address: str, log: Path, seconds: float = 60) -> None:
             time.sleep(0.2)
 
 
-def test_all_cells_of_a_notebook_run_and_its_figures_show(lab):
+def test_all_cells_of_a_notebook_run_and_its_figures_show(lab, tmp_path):
+    album = Path(os.environ.get("CPLIB_SCREENSHOTS") or tmp_path)
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        page = chromium.new_page()
+        page = chromium.new_page(viewport={"width": 1400, "height": 12_000})  # all of the notebook
         page.goto(f"{lab}/tree/{NOTEBOOK.name}")
         page.wait_for_function(OPENED, timeout=60_000)
         cells = page.evaluate(RUN_ALL)
         assert page.locator(".jp-Dialog").count() == 0
         widths = page.locator(".jp-OutputArea img").evaluate_all(WIDTHS)
+        page.screenshot(path=album / f"{NOTEBOOK.stem}.png")
         chromium.close()
     written = nbformat.read(NOTEBOOK, 4).cells
     assert len(cells) == 1 + sum(cell.cell_type == "code" for cell in written)  # the parameters

@@ -144,7 +144,8 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
     one that ran to its end. ``options`` are those of the kernel's process.
     """
     # The kernel's Python is that of this command, though a person's own kernel has the same name.
-    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    specs = KernelSpecManager(kernel_dirs=[])
+    kernel = AsyncKernelManager(kernel_spec_manager=specs, shutdown_wait_time=3)
     about = {"metadata": {"path": str(NOTEBOOKS), "name": path.stem}}
     client = Client(notebook, km=kernel, resources=about, coalesce_streams=True)
     out, error = results / "notebooks" / path.name, ""
