@@ -16,8 +16,8 @@ DRIVE = ROOT.parent / "drive"  # /content/drive: as in the first cell, and Colab
 
 
 def start(keep: bool) -> None:
-    """Make a notebook run here: packages, one category by default, and Drive if asked to keep."""
-    # Only what is missing: pip leaves each package that suffices, such as torch, as it is.
+    """Make a notebook run here: install packages, take one category, use Drive if asked to."""
+    # pip installs what is missing. It leaves torch, and each package that is new enough, as it is.
     command = [sys.executable, "-m", "pip", "install", "-qq", "-e", str(ROOT)]
     subprocess.run(command, check=True)
     importlib.invalidate_caches()

@@ -26,7 +26,7 @@ from cplib.study.tables import all_runs
 
 NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
-STAGES = (TRAINING, "03", "11")  # where to wait for all before: 11 reads what they measured
+STAGES = (TRAINING, "03", "11")  # each starts a group: 11 reads what those before it measured
 MOST = 4  # notebooks at a time: each takes about a gigabyte
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
@@ -34,12 +34,14 @@ LONG = 1_000_000  # images to train on, from which the cost is shown first
 def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
     """Execute notebooks; 0 if all ran, 1 if one failed.
 
-    Those that train nothing run side by side. Raises DataError, before anything starts, where the
-    training would meet an image that cannot be read.
+    Notebook 02 runs alone. Raises DataError before anything starts if the training would meet an
+    image that cannot be read.
     """
+    root = workspace.places.data
     parameters = {
         "profile": workspace.profile.name,
-        "data": os.path.relpath(root, NOTEBOOKS) if (root := workspace.places.data) else "",
+        # As the notebooks see it: no record depends on where the repository lies.
+        "data": os.path.relpath(root, NOTEBOOKS) if root else "",
         "categories": ",".join(workspace.categories),
         "device": workspace.device,
     }
@@ -77,7 +79,7 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
 
 
 def _groups(chosen: list[Path]) -> list[list[Path]]:
-    """The notebooks before the one that trains, that one, those after, the claims on them all."""
+    """The notebooks in groups: a group starts when the one before it has ended."""
     number = lambda path: sum(path.name[:2] >= first for first in STAGES)  # noqa: E731
     return [list(group) for _, group in groupby(chosen, number)]
 
@@ -100,8 +102,8 @@ def execute(
 ) -> dict[Path, str]:
     """Execute notebooks side by side into ``results/notebooks``; the errors of those that failed.
 
-    ``environment`` is added to that of this process. Ctrl-C ends the kernels and their workers
-    within seconds. Then KeyboardInterrupt is raised.
+    The kernels get the environment of this process and ``environment``. Ctrl-C ends them and their
+    workers within seconds, and raises KeyboardInterrupt. UsageError if one lacks a parameter.
     """
     prepared = {path: with_parameters(path, parameters) for path in paths}
     jobs = min(MOST, len(paths), jobs_here())
@@ -138,12 +140,12 @@ def execute(
 
 
 async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore, **options) -> str:
-    """Execute one notebook when it is its turn, and print its line; the error, if it failed.
+    """Wait for a slot, execute one notebook and print its line; the error, if it failed.
 
-    A notebook that fails is kept as ``<name>.failed.ipynb``: an executed one is replaced only by
-    one that ran to its end. ``options`` are those of the kernel's process.
+    A notebook that fails is kept as ``<name>.failed.ipynb``. The executed one from before stays.
+    ``options`` are those of the kernel's process.
     """
-    # The kernel's Python is that of this command, though a person's own kernel has the same name.
+    # The kernel has this command's Python, even where a person installed another "python3" kernel.
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_spec_manager=specs, shutdown_wait_time=3)
     about = {"metadata": {"path": str(NOTEBOOKS), "name": path.stem}}
@@ -154,8 +156,8 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
         began = time.time()
         try:
             await client.async_execute(cleanup_kc=True, **options)
-        except (CellExecutionError, RuntimeError) as problem:  # a cell's, or the kernel died
-            if asyncio.current_task().cancelling():
+        except (CellExecutionError, RuntimeError) as problem:  # a cell failed, or the kernel died
+            if asyncio.current_task().cancelling():  # Ctrl-C ended the kernel
                 raise
             name = getattr(problem, "ename", type(problem).__name__)
             error = f"{name}: {getattr(problem, 'evalue', problem)}\n  see {failed}"
@@ -184,7 +186,7 @@ class Client(NotebookClient):
 
 
 def with_parameters(path: Path, parameters: dict):
-    """A notebook with a cell of these parameters after its own; UsageError if it lacks one."""
+    """Read a notebook and add a cell that sets the parameters; UsageError if it lacks one."""
     known = papermill.inspect_notebook(str(path))
     if unknown := sorted(set(parameters) - set(known)):  # papermill would only warn
         raise UsageError(f"{path.name} has no parameter {unknown[0]!r}")
