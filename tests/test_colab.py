@@ -4,15 +4,17 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
 
 from cplib.apps import colab
 from cplib.apps.workspace import ROOT, open_workspace
@@ -31,31 +33,26 @@ def cell_of(address):
     return colab.CELL.read_text().strip().replace("REPOSITORY", address)
 
 
-def test_every_notebook_has_the_badge_and_the_cell_of_the_repositorys_address():
-    browser, path = "(https://colab.research.google.com/github", "blob/main/notebooks/00_a.ipynb"
-    assert colab.badge(ADDRESS, "00_a.ipynb").endswith(f"{browser}/someone/something/{path})")
-    assert colab.badge("", "00_a.ipynb") == ""
-    assert len(NOTEBOOKS) == 13
-    address = colab.repository(ROOT)
-    for path in NOTEBOOKS:
-        badges = [x for x in first(path, "markdown").splitlines() if "colab-badge" in x]
-        assert badges == [colab.badge(address, path.name)][: bool(address)]
-        assert first(path, "code") == cell_of(address)
-
-
-def test_one_address_marks_a_notebook_and_what_cannot_be_marked_is_refused(tmp_path):
-    (tmp_path / "notebooks").mkdir()
-    copy, settings = tmp_path / "notebooks" / NOTEBOOKS[0].name, tmp_path / "pyproject.toml"
-    copy.write_text(NOTEBOOKS[0].read_text())
-    title, *rest = [x for x in first(copy, "markdown").split("\n\n") if "colab-badge" not in x]
-    for address in ("", ADDRESS, ADDRESS, ""):  # anew, again, taken away
-        settings.write_text(f'[tool.cplib]\nrepository = "{address}"\n')
+def test_the_repositorys_address_marks_every_notebook_and_what_cannot_be_marked_is_refused(
+    tmp_path,
+):
+    settings = tmp_path / "pyproject.toml"
+    copies = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    badge = "https://colab.research.google.com/github/someone/something/blob/main/notebooks/"
+    settings.write_text(f'[tool.cplib]\nrepository = "{ADDRESS}"\n')
+    for _ in range(2):
         colab.write_badges(tmp_path)
-        parts = [title, colab.badge(address, copy.name), *rest]
-        assert first(copy, "markdown") == "\n\n".join(filter(None, parts))
-        assert first(copy, "code") == cell_of(address)
-    copy.write_text(copy.read_text().replace("On Colab only", "import this"))
-    with pytest.raises(ValueError, match=copy.name):
+        for path in NOTEBOOKS:
+            assert first(copies / path.name, "markdown").count(f"({badge}{path.name})") == 1
+            assert f'repository = "{ADDRESS}"' in first(copies / path.name, "code")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    colab.write_badges(tmp_path)
+    assert len(NOTEBOOKS) == 13
+    for path in NOTEBOOKS:  # as they are committed
+        assert (copies / path.name).read_text() == path.read_text()
+    path = copies / NOTEBOOKS[0].name
+    path.write_text(path.read_text().replace("On Colab only", "import this"))
+    with pytest.raises(ValueError, match=path.name):
         colab.write_badges(tmp_path)
     settings.write_text('[tool.cplib]\nrepository = "git@example.org:a/b"\n')
     with pytest.raises(ValueError, match="git@example.org:a/b"):
@@ -127,26 +124,19 @@ def test_without_an_address_and_an_archive_the_address_is_asked_for(origin, tmp_
     assert printed == "Repository's address: start True cutpaste\n"
 
 
-def test_the_module_needs_nothing_that_colab_may_lack():
-    lines = Path(colab.__file__).read_text(encoding="utf-8").splitlines()
-    found = {x.split()[1].split(".")[0] for x in lines if x.startswith(("import ", "from "))}
-    assert "subprocess" in found
-    assert found <= sys.stdlib_module_names
-
-
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
-    """A stand-in for Drive, and a bare environment; says where Drive was mounted."""
-    for name in ("CPLIB_RESULTS", "CPLIB_MAX_CATEGORIES", "CPLIB_CHECKPOINT_SECONDS", "PYTHONPATH"):
+    """Stand-ins for Drive and pip, and a bare environment; says how the two were called."""
+    for name in ("CPLIB_RESULTS", "CPLIB_MAX_CATEGORIES", "CPLIB_CHECKPOINT_SECONDS"):
         monkeypatch.setenv(name, "")  # so that what the cell sets is undone
         monkeypatch.delenv(name)
-    mounted = []
+    mounted, pip = [], []
     module = SimpleNamespace(drive=SimpleNamespace(mount=mounted.append))
     monkeypatch.setitem(sys.modules, "google.colab", module)
     monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(colab, "install", lambda missing, pins: None)
-    return mounted
+    monkeypatch.setattr(subprocess, "run", lambda command, check: pip.append(command[1:]))
+    return SimpleNamespace(mounted=mounted, pip=pip)
 
 
 def test_on_drive_a_workspace_has_one_category_and_resumes_in_another_session(
@@ -154,25 +144,23 @@ def test_on_drive_a_workspace_has_one_category_and_resumes_in_another_session(
 ):
     colab.start(True)
     kept = tmp_path / "drive" / "MyDrive" / "cutpaste"
-    assert drive == [str(tmp_path / "drive")]
+    assert drive.mounted == [str(tmp_path / "drive")]
+    assert drive.pip == [["-m", "pip", "install", "-qq", "-e", str(ROOT)]]
     assert str(kept) in capsys.readouterr().out
     workspace = open_workspace("smoke", str(demo_root))
     assert workspace.results == kept / "smoke"
     assert workspace.categories == ("brick",)
-    assert os.environ["PYTHONPATH"] == str(ROOT)
     assert Path.cwd() == ROOT / "notebooks"
     assert open_workspace("smoke", str(demo_root), "brick,sieve").categories == ("brick", "sieve")
 
 
 def test_without_drive_results_stay_it_is_said_and_what_was_set_is_left(drive, capsys, monkeypatch):
     monkeypatch.setenv("CPLIB_MAX_CATEGORIES", "3")
-    monkeypatch.setenv("PYTHONPATH", "mine")
     colab.start(False)
-    assert drive == []
+    assert drive.mounted == []
     assert "CPLIB_RESULTS" not in os.environ
     assert "lost when the session ends" in capsys.readouterr().out
     assert os.environ["CPLIB_MAX_CATEGORIES"] == "3"
-    assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}mine"
 
 
 def test_who_refuses_drive_or_cloned_there_can_work_all_the_same(drive, monkeypatch):
@@ -185,32 +173,12 @@ def test_who_refuses_drive_or_cloned_there_can_work_all_the_same(drive, monkeypa
     assert "CPLIB_RESULTS" not in os.environ
 
 
-def test_only_what_is_missing_or_too_old_is_installed_and_torch_never(monkeypatch):
-    there = {"captum": None, "timm": "0.9.2", "papermill": None, "torch": "1.0+cu128"}
-    there["torchvision"] = None
-
-    def version(name):
-        if there.get(name, "99.0") is None:
-            raise PackageNotFoundError(name)
-        return there.get(name, "99.0")
-
-    monkeypatch.setattr(colab, "version", version)
-    missing, pins = colab.requirements()
-    assert {line.split(">")[0] for line in missing} == {"captum", "timm"}
-    assert {"numpy==99.0", "torch==1.0+cu128"} <= set(pins)
-    assert not any(pin.startswith(("captum", "timm", "torchvision")) for pin in pins)
-
-
-def test_pip_is_told_to_leave_what_is_there(monkeypatch):
-    calls = []
-
-    def run(command, check):
-        constraints = Path(command[command.index("-c") + 1]).read_text(encoding="utf-8").split()
-        calls.append((command[1:4], command[-1], constraints, check))
-
-    monkeypatch.setattr(colab.subprocess, "run", run)
-    pins = ["torch==2.11.0", "numpy==2.1.3"]
-    colab.install([], pins)
-    assert calls == []
-    colab.install(["captum>=0.7"], pins)
-    assert calls == [(["-m", "pip", "install"], "captum>=0.7", pins, True)]
+def test_what_colab_has_suffices_and_tools_of_the_command_line_are_not_wanted_there():
+    """So that pip leaves Colab's packages, torch among them, and installs no JupyterLab."""
+    lines = (ROOT / "requirements-colab.txt").read_text().splitlines()
+    there = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    assert {"torch", "torchvision", "numpy", "pandas"} <= set(wanted) & set(there)
+    assert [name for name in set(wanted) & set(there) if there[name] not in wanted[name]] == []
+    assert not {"jupyterlab", "papermill", "nbclient", "nbconvert"} & set(wanted)

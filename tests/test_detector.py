@@ -29,7 +29,7 @@ from cplib.apps.detector import (
     name_of,
     own_images,
 )
-from cplib.apps.notebooks import NOTEBOOKS, run_one
+from cplib.apps.notebooks import NOTEBOOKS, execute
 from cplib.density import Gaussian
 from cplib.metrics import auroc_between
 from cplib.run import Run
@@ -489,7 +489,8 @@ def test_own_folders_make_a_detector_and_what_is_wrong_with_them_is_said(
     def ran(**folders):
         parameters = {"profile": "smoke", "data": str(demo_root)}
         parameters |= {name: str(folder) for name, folder in folders.items()}
-        return run_one(NOTEBOOKS / "12_your_own_images.ipynb", results, parameters)
+        path = NOTEBOOKS / "12_your_own_images.ipynb"
+        return execute([path], results, parameters).get(path, "")
 
     sieve, good = demo_root / "sieve", tmp_path / "partA" / "ok"
     shutil.copytree(sieve / "train" / "good", good)

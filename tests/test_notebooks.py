@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cplib.apps.cli import main
-from cplib.apps.notebooks import NOTEBOOKS, run_notebooks, run_one
+from cplib.apps.notebooks import NOTEBOOKS, execute, run_notebooks
 from cplib.apps.workspace import ROOT, open_workspace
 from cplib.run import BASELINES
 from cplib.study.claims import measured, verdicts
@@ -54,7 +54,7 @@ def test_a_notebook_holds_no_absolute_path(path):
 
 def test_a_parameter_that_a_notebook_lacks_is_refused(tmp_path):
     with pytest.raises(UsageError, match=f"{SOURCES[0].name} has no parameter 'colour'"):
-        run_one(SOURCES[0], tmp_path, {"profile": "", "colour": ""})
+        execute(SOURCES[:1], tmp_path, {"profile": "", "colour": ""})
 
 
 # The smoke profile, end to end

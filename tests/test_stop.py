@@ -60,16 +60,16 @@ def stop(options, number, ready, log):
     """Start a command, signal its group once when it is ``ready``; check how it ends."""
     with log.open("w") as out:
         process = subprocess.Popen(**options, stdout=out, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until, started = time.monotonic() + 600, []
     whole = psutil.Process(process.pid)
-    started = whole.children(recursive=True)
-    os.killpg(process.pid, number)
     try:
-        _, errors = process.communicate(timeout=10)
+        while not ready():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        started = whole.children(recursive=True)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=20)
         left = list(filter(runs, started))
     finally:
         for one in filter(runs, [whole, *started]):

@@ -16,9 +16,6 @@ profile_option = click.option(
     "--profile", default="demo", help=f"{', '.join(PROFILES)} (default: demo)"
 )
 device_option = click.option("--device", default="auto", help="auto (default), cpu or cuda")
-# Options that reach the notebooks through the environment: see ``open_workspace``.
-ENVIRONMENT = {"seeds": "CPLIB_SEEDS", "weights": "CPLIB_WEIGHTS", "engine": "CPLIB_ENGINE"}
-ENVIRONMENT["budget"] = "CPLIB_BUDGET"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,7 +43,8 @@ def notebooks(profile, data, categories, only, start, device, **options) -> int:
     from cplib.apps.workspace import open_workspace
 
     chosen = choose(only, start)
-    os.environ |= {ENVIRONMENT[name]: value for name, value in options.items() if value}
+    # ``open_workspace`` reads these, here and in the notebooks.
+    os.environ |= {f"CPLIB_{name.upper()}": value for name, value in options.items() if value}
     if profile == "smoke" and not os.environ.get("CPLIB_RESULTS"):
         os.environ["CPLIB_RESULTS"] = tempfile.mkdtemp(prefix="cplib-")
     return run_notebooks(open_workspace(profile, data, categories, device), chosen)
