@@ -2,8 +2,8 @@
 
     python benchmarks/own_images.py --data DIR --out results/quick/tables/own_images.csv
 
-Only ``train/good`` is given to it. Each candidate is compared on anomalies made on held-out normal
-images, and the recommended one taken; the test images then say how good that choice was.
+The detector sees only ``train/good``. The candidates are compared on anomalies that are made on
+held-out normal images. The test images then show how good the recommended candidate is.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from cplib import datasets
-from cplib.apps.detector import candidates, compare, fit_detector, recommended
+from cplib.apps.detector import PAINTED, candidates, compare, fit_detector
 from cplib.metrics import auroc_between
 from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
@@ -26,35 +26,35 @@ CATEGORIES = "tile,bottle,pill,screw,transistor"
 
 
 def measure(root: str, category: str, places: Places, profile: Profile | None) -> list[dict]:
-    """A row a candidate: AUROC on made anomalies and on the test images, and its times."""
-    normal, test = (datasets.load(root, category, split).pixels for split in ("train", "test"))
-    labels = datasets.load(root, category, "test").labels
+    """A row for each candidate: AUROC on made anomalies and on the test images, and its times."""
+    normal, test = (datasets.load(root, category, split) for split in ("train", "test"))
     runs = candidates(category, profile)
-    table = compare(runs, normal, places=places)
+    table = compare(runs, normal.pixels, places=places)
+    painted = table[[" ".join(kind) for kind in PAINTED]].mean(axis=1)
     print(table.round(1).to_string(), flush=True)
     rows = []
     for name, run in runs.items():
         began = time.time()
-        detector = fit_detector(run, normal, places=places)
+        detector = fit_detector(run, normal.pixels, places=places)
         fitted = time.time()
-        scores = detector.score(test)
+        scores = detector.score(test.pixels)
         rows.append(
             {
                 "category": category,
                 "candidate": name,
                 "made": table.loc[name, "mean"],
-                "painted": table.loc[name, "painted"],
-                "recommended": int(name == recommended(table)),
-                "image_auroc": auroc_between(scores[labels == 0], scores[labels == 1]),
+                "painted": painted[name],
+                "recommended": int(name == table.index[0]),
+                "image_auroc": auroc_between(scores[test.labels == 0], scores[test.labels == 1]),
                 "minutes": (fitted - began) / 60,
-                "ms_an_image": 1000 * (time.time() - fitted) / len(test),
+                "ms_an_image": 1000 * (time.time() - fitted) / len(test.pixels),
             }
         )
     return rows
 
 
 def main() -> None:
-    """Measure every category, and write the table."""
+    """Measure every category and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--profile",
         choices=("quick", "long", "paper"),
-        help="also what CutPaste trains by this profile's schedules",
+        help="compare what CutPaste trains by this profile's schedules, too",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

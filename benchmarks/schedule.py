@@ -1,12 +1,12 @@
-"""Which short schedule learns most from scratch: candidates compared without any test image.
+"""Which short schedule learns most from scratch: candidates are compared without test images.
 
     python benchmarks/schedule.py --data DIR --out results/quick/tables/schedule_choice.csv
 
-Every fifth training image is held out, and a network trained on the others. The held-out images
-then answer two questions: how often the pretext task is right on them (on crops as in training, and
-on whole images), and with what AUROC the Gaussian of the other images tells them from copies with
-an anomaly in them: CutPaste's own two, and two painted shapes that training has never seen (section
-5.3). Rows are appended to ``--out``, and what stands there is not measured again.
+Every fifth training image is held out, and a network is trained on the others. Two things are
+measured on the held-out images. The first is how often the pretext task is right, on crops as in
+training, and on whole images. The second is the AUROC between the held-out images and copies with
+an anomaly: the two kinds of CutPaste, and two painted shapes that training has not seen (section
+5.3). Rows are appended to ``--out``, and rows that are there are not measured again.
 """
 
 import argparse
@@ -18,16 +18,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cplib import augment, datasets, train
+from cplib import datasets, train
+from cplib.apps.detector import made_anomalies
 from cplib.density import Gaussian, l2_normalise
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet, embed
 from cplib.run import Run
-from cplib.study.synthetic import paint
 
 CATEGORIES = "tile,screw,pill"
-PAINTED = (("square", "color"), ("heart", "natural"))
-SMALL = {"side": (0.06, 0.2), "least": 1}
+SIDE = (0.06, 0.2)  # of the painted shapes, a share of the image's side
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.001, "warmup": 0.1, "updates": 120}
 PLAIN = ADAMW | {"head_batchnorm": False, "crop": 128}
 LONG = PLAIN | {"learning_rate": 0.0005, "crop": 0, "updates": 256}
@@ -42,22 +41,15 @@ CANDIDATES = {
     "... images resized to 128 px": PLAIN | {"crop": 0, "size": 128},
     "... head with BatchNorm": PLAIN | {"head_batchnorm": True},
     "... SGD 0.1": PLAIN | {"optimizer": "sgd", "learning_rate": 0.1},
-    # Minutes more of a core: candidates for a long schedule.
+    # These take minutes longer: candidates for a long schedule.
     "long: whole images": LONG,
     "long: 128-px crops, then whole images": LONG | {"crop": 128, "whole": 3 / 7, "updates": 448},
 }
 
 
-def held_out_images(held: Tensor, run: Run) -> dict[str, Tensor]:
-    """Copies of the held-out images (N, 3, H, W) with each kind of anomaly."""
-    patch, scar = augment.pasted_copies(held, train.augmentation_kwargs(run))
-    painted = {f"{shape} {fill}": paint(held, shape, fill, **SMALL)[0] for shape, fill in PAINTED}
-    return {"CutPaste": patch, "CutPaste-scar": scar} | painted
-
-
 @torch.inference_mode()
 def pretext_accuracy(run: Run, net: PretextNet, held: Tensor, crop: int) -> float:
-    """Percent of the pretext task's answers that are right, one batch of all images."""
+    """Percent of right answers to the pretext task, on one batch of all images."""
     every = replace(run, sources=len(held))
     images, labels = train.draw(every, held, torch.Generator().manual_seed(0), crop)
     answers = torch.cat([net(x).argmax(1) for x in images.split(32)])
@@ -65,17 +57,18 @@ def pretext_accuracy(run: Run, net: PretextNet, held: Tensor, crop: int) -> floa
 
 
 def measure(run: Run, pixels: Tensor) -> list[dict]:
-    """A row for each kind of anomaly, for features of length one and as they are."""
+    """A row for each kind of anomaly and of features: scaled to length one, and as they are."""
     held = torch.arange(len(pixels)) % 5 == 0
     net, history = train.fit(run, pixels[~held])
-    z, z_held = (embed(net, part) for part in (pixels[~held], pixels[held]))
+    made = made_anomalies(run, pixels[held], side=SIDE, opacity=1.0)
+    z, z_held = (embed(net, part) for part in (pixels[~held], made.pop("normal")))
     seconds = history["seconds"].iloc[-1] if len(history) else 0.0
     row = {"category": run.category, "seed": run.seed, "precision": train.precision(run, "cpu")}
     row["minutes"] = seconds / 60
     for name, crop in (("pretext_accuracy", run.crop), ("whole_accuracy", 0)):
         row[name] = pretext_accuracy(run, net, pixels[held], crop)
     rows = []
-    for kind, images in held_out_images(pixels[held], run).items():
+    for kind, images in made.items():
         features = embed(net, images)
         for name, scale in (("length one", l2_normalise), ("as they are", Tensor.float)):
             gaussian = Gaussian.fit(scale(z), reg_covar=run.reg_covar)
@@ -85,7 +78,7 @@ def measure(run: Run, pixels: Tensor) -> list[dict]:
 
 
 def main() -> None:
-    """Measure what is missing in the file, one category of one candidate at a time."""
+    """Measure what the file lacks, category by category of each candidate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,16 +1,14 @@
-"""What the benchmarks share: timing a call, the most memory used, the table, the options."""
+"""What train.py and dense.py share: the timing of two ways in turns, the options, the table."""
 
 import argparse
-import json
 import os
 import resource
+import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 from cplib.datasets import DataError
 from cplib.run import PRECISIONS
@@ -19,43 +17,24 @@ from cplib.train import device_name
 Row = tuple[str, float, str]  # what, value, unit
 
 
-class Seconds(NamedTuple):
-    """What a call takes: by the clock, and of this process's cores (none of its workers')."""
-
-    clock: float
-    cores: float
-
-    def spent(self, device: str) -> float:
-        """What other programs on the machine disturb least."""
-        return self.clock if device == "cuda" else self.cores
+def seconds(work: Callable[[], object], budget: float) -> float:
+    """Mean seconds of a call, after at least one to warm up. Calls go on for ``budget`` seconds."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=budget).mean
 
 
-def seconds_of(
-    work: Callable[[], object], device: str, budget: float, *, warm: bool = True, least: int = 2
-) -> Seconds:
-    """Seconds a call takes, after one to warm up; calls go on for ``budget`` seconds."""
-    if warm:
-        work()
-        finish(device)
-    began, busy, calls = time.perf_counter(), time.process_time(), 0
-    while calls < least or time.perf_counter() - began < budget:
-        work()
-        finish(device)
-        calls += 1
-    return Seconds(
-        (time.perf_counter() - began) / calls,
-        (time.process_time() - busy) / calls,
-    )
-
-
-def finish(device: str) -> None:
-    """Wait for what the device has to do."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def ratios(ours: list[float], theirs: list[float]) -> list[Row]:
+    """How many times faster our way is, over neighbouring turns."""
+    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return [
+        ("plain way against ours", statistics.median(pairs), "times"),
+        ("... smallest of the pairs", min(pairs), "times"),
+        ("... largest of the pairs", max(pairs), "times"),
+    ]
 
 
 def peak_memory(device: str) -> Row:
-    """The most memory taken so far; on a CPU by the whole process."""
+    """The most memory used so far, on a CPU by the whole process."""
     if device == "cuda":
         return "peak memory of the GPU", torch.cuda.max_memory_allocated() / 2**30, "GiB"
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -64,12 +43,12 @@ def peak_memory(device: str) -> Row:
 
 
 def cores() -> int:
-    """Of this machine, as many as this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+    """The options of both benchmarks."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder in the MVTec layout")
     parser.add_argument("--category", default="bottle")
@@ -77,44 +56,23 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, help="for both ways together")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of training")
     parser.add_argument("--threads", type=int, default=cores(), help="of both ways")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser
 
 
-def machine(args: argparse.Namespace) -> dict:
-    """Where and how it was measured."""
-    return {
-        "device": device_name(torch.device(args.device)),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "torch": torch.__version__,
-        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-    }
-
-
-def markdown(rows: list[Row]) -> str:
-    """The table."""
-    lines = ["| what | value | unit |", "| --- | ---: | --- |"]
-    return "\n".join(lines + [f"| {what} | {value:.3g} | {unit} |" for what, value, unit in rows])
-
-
 def report(measure: Callable[[argparse.Namespace], list[Row]], args: argparse.Namespace) -> int:
-    """Measure, print the table, write the numbers; the exit status."""
+    """Measure, print the machine and a Markdown table, and return the exit status."""
     torch.set_num_threads(args.threads)
     try:
         rows = measure(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    about = machine(args)
-    print(f"{about['device']}; {about['threads']} threads, PyTorch {about['torch']}\n")
-    print(markdown(rows))
-    if args.json:
-        values = {what: {"value": value, "unit": unit} for what, value, unit in rows}
-        asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        note = {"machine": about, "options": asked, "rows": values}
-        args.json.write_text(json.dumps(note, indent=1) + "\n")
+    device = device_name(torch.device(args.device))
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    print(f"{device}; {args.threads} threads, PyTorch {torch.__version__}, {load}\n")
+    print("| what | value | unit |\n| --- | ---: | --- |")
+    for what, value, unit in rows:
+        print(f"| {what} | {value:.3g} | {unit} |")
     return 0

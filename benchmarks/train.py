@@ -1,18 +1,17 @@
-"""How fast the training step is, against a loop that augments picture by picture.
+"""How fast the training step is, against a loop that augments one image after the other.
 
     python benchmarks/train.py --data DIR --category bottle [--size 256] [--seconds 60]
 
-Prints one Markdown table; ``--json FILE`` writes the same numbers for a program.
+Prints one Markdown table.
 """
 
 import argparse
 import math
-import re
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -24,31 +23,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from cplib import datasets, train
-from cplib.model import build, embed
+from cplib.model import build
 from cplib.run import Run
 
-from timing import Row, Seconds, cores, options, peak_memory, report, seconds_of
+from timing import Row, cores, options, peak_memory, ratios, report, seconds
 
-SIZES = (64, 128, 256)
-SHARES = (0.25, 0.5, 1.0)  # of the batch and of the data set, to see how time grows
-OPERATORS = {  # of the profile: the first pattern that an operator's name matches
-    "convolution, backward": "convolution_backward",
-    "convolution, forward": "conv",
-    "batch normalisation, both ways": "batch_norm",
-    "ReLU, both ways": "relu|clamp_min|threshold",
-}
-PREPARED = 1_000_000  # batches a loader would deliver if it were not stopped
+PREPARED = 1_000_000  # batches of a loader: more than a turn takes
 
 
-class PerPicture(Dataset):
-    """One source picture at a time, with PIL and torchvision, as existing ports do it.
+class PerImage(Dataset):
+    """One source image at a time, with PIL and torchvision, like existing ports of the paper.
 
-    The pictures wait decoded and resized in memory, which a port that reads files does not have.
+    The images are decoded and resized in memory. A port that reads files is slower.
     """
 
     def __init__(self, run: Run, pixels: Tensor):
         self.run = run
-        self.pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+        self.images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
         reach = round(run.translate * run.size)
         self.shift = transforms.RandomCrop(run.size, padding=reach, padding_mode="reflect")
         self.jitter = transforms.ColorJitter(*run.jitter)
@@ -56,12 +47,12 @@ class PerPicture(Dataset):
         self.tensor = transforms.ToTensor()
 
     def __len__(self) -> int:
-        """The number of source pictures."""
-        return len(self.pictures)
+        """The number of source images."""
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The picture, its CutPaste and its scar, (3, 3, H, W)."""
-        x = self.jitter(self.shift(self.pictures[index]))
+        """An image, its CutPaste and its scar, (3, 3, H, W)."""
+        x = self.jitter(self.shift(self.images[index]))
         return torch.stack([self.tensor(v) for v in (x, self.cutpaste(x), self.scar(x))])
 
     def cutpaste(self, x: Image.Image) -> Image.Image:
@@ -102,7 +93,7 @@ def _pasted(x: Image.Image, patch: Image.Image, mask: Image.Image | None) -> Ima
 
 
 def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> Iterator[None]:
-    """The project's own step, again and again."""
+    """The project's training step, again and again."""
     net = build(run).to(device, memory_format=torch.channels_last)
     if compiled:
         net.encoder.compile()
@@ -114,142 +105,85 @@ def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> It
 
 
 def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[None]:
-    """The plain loop: a DataLoader over PerPicture, fp32, channels first."""
+    """The plain loop: a DataLoader over PerImage, fp32, channels first."""
     net = build(run).to(device)
     sgd = train.optimiser(run, net)
-    pictures = PerPicture(run, pixels)
-    drawn = RandomSampler(pictures, replacement=True, num_samples=PREPARED * run.sources)
-    loader = DataLoader(pictures, run.sources, sampler=drawn, num_workers=workers)
+    images = PerImage(run, pixels)
+    drawn = RandomSampler(images, replacement=True, num_samples=PREPARED * run.sources)
+    loader = DataLoader(images, run.sources, sampler=drawn, num_workers=workers)
     for batch in loader:
-        images = batch.transpose(0, 1).flatten(0, 1).to(device)
+        x = batch.transpose(0, 1).flatten(0, 1).to(device)
         labels = torch.arange(3, device=device).repeat_interleave(run.sources)
-        loss = F.cross_entropy(net(images), labels)
+        loss = F.cross_entropy(net(x), labels)
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()
         yield
 
 
-def step_seconds(loop: Iterator[None], device: str, budget: float) -> Seconds:
-    """Seconds a step of a loop, which is closed, its workers with it."""
-    try:
-        return seconds_of(partial(next, loop), device, budget)
-    finally:
-        loop.close()
+def step_seconds(loop: Iterator[None], budget: float) -> float:
+    """Seconds of a step of a loop. The loop is closed afterwards, and its workers end."""
+    with closing(loop):
+        return seconds(partial(next, loop), budget)
 
 
 def throughput(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """Images a second of both loops, A B A B ...: medians, and the median of the pairs' ratios."""
-    budget = args.seconds / 2 / args.repeats
-    ours, theirs = [], []
-    for _ in range(args.repeats):
-        loop = product(run, pixels, args.device)
-        ours.append(step_seconds(loop, args.device, budget))
-        loop = reference(run, pixels, args.device, args.workers)
-        theirs.append(step_seconds(loop, args.device, budget))
+    """Images a second of both loops, the peak memory of ours, the time to draw a batch."""
+    ours, theirs, draws, each = [], [], [], args.seconds / 2 / args.repeats
+    rest = torch.Generator(args.device).manual_seed(0)
+    draw = torch.no_grad()(partial(train.draw, run, pixels.to(args.device), rest))
+    for turn in range(args.repeats):
+        ours.append(step_seconds(product(run, pixels, args.device), each))
+        if turn == 0:
+            memory = peak_memory(args.device)
+        draws.append(seconds(draw, each / 10))
+        theirs.append(step_seconds(reference(run, pixels, args.device, args.workers), each))
+    share = statistics.median(a / b for a, b in zip(draws, ours, strict=True))
     images = 3 * run.sources
-    ratios = [b.clock / a.clock for a, b in zip(ours, theirs, strict=True)]
-    busy = [b.cores / a.cores for a, b in zip(ours, theirs, strict=True)]
     return [
-        ("training step", images / statistics.median(s.clock for s in ours), "images/s"),
-        ("reference loop", images / statistics.median(s.clock for s in theirs), "images/s"),
-        ("training step against reference loop", statistics.median(ratios), "times"),
-        ("... smallest of the pairs", min(ratios), "times"),
-        ("... largest of the pairs", max(ratios), "times"),
-        ("... in core time, workers not counted", statistics.median(busy), "times"),
+        memory,
+        ("training step", images / statistics.median(ours), "images/s"),
+        ("plain way", images / statistics.median(theirs), "images/s"),
+        *ratios(ours, theirs),
+        ("augmentation", 1e3 * statistics.median(draws), "ms/step"),
+        ("... of a step", 100 * share, "%"),
     ]
 
 
-def augmentation(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """The share of a step that drawing its batch takes; on a CPU of its core time."""
-    pixels, rest = pixels.to(args.device), torch.Generator(args.device).manual_seed(0)
-    draw, budget = partial(train.draw, run, pixels, rest), args.seconds / 20
-    pairs = []
-    for _ in range(args.repeats):
-        step = step_seconds(product(run, pixels, args.device), args.device, budget)
-        pairs.append((seconds_of(torch.no_grad()(draw), args.device, budget), step))
-    share = statistics.median(d.spent(args.device) / s.spent(args.device) for d, s in pairs)
-    seconds = statistics.median(d.clock for d, _ in pairs)
-    return [("augmentation", 1e3 * seconds, "ms/step"), ("... of a step", 100 * share, "%")]
-
-
 def arithmetic(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """FLOP/s of the network, forward and backward, against a large bf16 matrix product."""
+    """FLOP/s of a training step's network, and of a large matrix product in its precision."""
     device, side = args.device, 8192 if args.device == "cuda" else 2048
     net = build(run).to(device)
     images = torch.rand(3 * run.sources, 3, run.size, run.size, device=device)
     with FlopCounterMode(display=False) as counter:
         net(images).sum().backward()
-    seconds = step_seconds(product(run, pixels, device), device, args.seconds / 20).clock
-    a = torch.rand(side, side, device=device, dtype=torch.bfloat16)
-    peak = 2 * side**3 / seconds_of(lambda: a @ a, device, args.seconds / 60).clock
-    rate = counter.get_total_flops() / seconds
+    each = args.seconds / 20
+    rate = counter.get_total_flops() / step_seconds(product(run, pixels, device), each)
+    dtype = train.precision(run, device)
+    a = torch.rand(side, side, device=device, dtype=train.DTYPES[dtype])
+    peak = 2 * side**3 / seconds(lambda: a @ a, each)
     return [
         ("network, forward and backward", rate / 1e12, "TFLOP/s"),
-        (f"bf16 matrix product, {side}x{side}", peak / 1e12, "TFLOP/s"),
-        ("network against matrix product", 100 * rate / peak, "%"),
+        (f"matrix product in {dtype}, {side}x{side}", peak / 1e12, "TFLOP/s"),
     ]
 
 
-def profile(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """What a step spends its time on: shares of the operators' own time."""
-    loop = product(run, pixels, args.device)
-    next(loop)
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
-            next(loop)
-    own = f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"
-    spent = dict.fromkeys([*OPERATORS, "all else"], 0.0)
-    for event in profiler.key_averages():
-        names = (what for what, part in OPERATORS.items() if re.search(part, event.key))
-        spent[next(names, "all else")] += getattr(event, own)
-    total = sum(spent.values())
-    return [(f"of a step: {what}", 100 * time / total, "%") for what, time in spent.items()]
-
-
-def growth(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """How time grows with the resolution, the batch, and the number of pictures."""
-    rows, budget = [], args.seconds / 40
-    time_of = partial(step_seconds, device=args.device, budget=budget)
-    for size in SIZES:
-        if size <= max(run.size, SIZES[0]):
-            resized = F.interpolate(pixels.float(), (size, size), mode="area").to(torch.uint8)
-            loop = product(replace(run, size=size), resized, args.device)
-            rows.append((f"step at {size} px", time_of(loop).clock, "s"))
-    for sources in sorted({max(2, round(share * run.sources)) for share in SHARES}):
-        loop = product(replace(run, sources=sources), pixels, args.device)
-        rows.append((f"step of {3 * sources} images", time_of(loop).clock, "s"))
-    net = build(run).to(args.device)
-    for n in sorted({max(2, round(share * len(pixels))) for share in SHARES}):
-        loop = product(run, pixels[:n], args.device)
-        rows.append((f"step with {n} pictures to draw from", time_of(loop).clock, "s"))
-        spent = seconds_of(partial(embed, net, pixels[:n]), args.device, 0)
-        rows.append((f"features of {n} pictures", spent.clock, "s"))
-    return rows
-
-
 def compilation(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """What torch.compile of the encoder gains a step, and the time it takes first."""
-    device, began = args.device, time.perf_counter()
-    loop = product(run, pixels, device, compiled=True)
+    """How much faster a step is with torch.compile, and how long its first step takes."""
+    began, each = time.perf_counter(), args.seconds / 10
+    loop = product(run, pixels, args.device, compiled=True)
     next(loop)
     first = time.perf_counter() - began
-    compiled = step_seconds(loop, device, args.seconds / 10).spent(device)
-    plain = step_seconds(product(run, pixels, device), device, args.seconds / 10).spent(device)
+    compiled = step_seconds(loop, each)
+    plain = step_seconds(product(run, pixels, args.device), each)
     return [
         ("step with torch.compile against without", plain / compiled, "times"),
         ("torch.compile's first step", first, "s"),
     ]
 
 
-def memory(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """The most memory that the training step takes."""
-    step_seconds(product(run, pixels, args.device), args.device, 0)
-    return [peak_memory(args.device)]
-
-
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Every row of the table; memory first, before the reference loop has taken any."""
+    """Every row of the table."""
     run = Run(
         method="cutpaste_3way",
         category=args.category,
@@ -258,16 +192,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
         precision=args.precision,
     )
     pixels = datasets.load(args.data, args.category, "train", args.size).pixels
-    parts = [memory, throughput, augmentation, profile, arithmetic, growth]
-    parts += [compilation] if args.compile else []
+    parts = [throughput, arithmetic] + [compilation] * args.compile
     return [row for part in parts for row in part(run, pixels, args)]
 
 
 def parse() -> argparse.Namespace:
     """The options."""
     parser = options(__doc__)
-    parser.add_argument("--sources", type=int, default=32, help="source pictures a batch")
-    parser.add_argument("--workers", type=int, default=cores(), help="of the reference loop")
+    parser.add_argument("--sources", type=int, default=32, help="source images of a batch")
+    parser.add_argument("--workers", type=int, default=cores(), help="of the plain way")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
     return parser.parse_args()
 

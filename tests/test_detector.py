@@ -147,36 +147,23 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(pixels, tmp_path, 
     assert [line.split(": ")[0] for line in lines] == [str(path) for path in broken]
 
 
-def test_training_resumes_where_it_was_cut_off_and_is_done_once(pixels, tmp_path, monkeypatch):
-    run, places = replace(IMAGE, updates=2, precision="fp32"), Places(tmp_path)
-    for images in (pixels[0], pixels[0][:5]):
-        with pytest.raises(train.OutOfTime, match="1 of 2 updates"):
-            fit_detector(run, images, places=places, deadline=0)
-    first = fit_detector(run, pixels[0], places=places, deadline=0)
-    whole = fit_detector(run, pixels[0], places=Places(tmp_path / "other"))
-    assert torch.equal(first.normal, whole.normal)
+def test_training_is_done_once_for_the_same_images(pixels, tmp_path, monkeypatch):
+    options = {"places": Places(tmp_path)}
+    fit_detector(IMAGE, pixels[0], **options)
     monkeypatch.setattr(train, "step", None)  # called, it would be a TypeError
-    again = fit_detector(replace(run, l2_normalise=True), *pixels, places=places, quantile=0.9)
+    again = fit_detector(replace(IMAGE, l2_normalise=True), *pixels, **options, quantile=0.9)
     assert len(again.anomalous) == 6
+    with pytest.raises(TypeError):
+        fit_detector(IMAGE, pixels[0][:5], **options)
 
 
-def test_a_comparison_resumes_where_it_was_cut_off(pixels, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SIDE", (0.2, 0.3))  # of images of 32 pixels
-    run = replace(WINDOWS, updates=2, precision="fp32")
-    with pytest.raises(train.OutOfTime, match="1 of 2 updates"):
-        module.compare({"a": run}, pixels[0], places=Places(tmp_path), deadline=0)
-    table = module.compare({"a": run}, pixels[0], places=Places(tmp_path), deadline=0)
-    whole = module.compare({"a": run}, pixels[0], places=Places(tmp_path / "other"))
-    assert table["mean"].tolist() == whole["mean"].tolist()
-
-
-@pytest.mark.parametrize("folds", [3, None])
-@pytest.mark.parametrize("kind", ["windows", "places"])
-def test_an_image_is_scored_by_a_gaussian_that_has_not_seen_it(kind, folds):
+@pytest.mark.parametrize(("kind", "folds"), [("windows", 7), ("places", 3), ("places", 7)])
+def test_an_image_is_scored_by_a_gaussian_that_has_not_seen_it(kind, folds, monkeypatch):
+    monkeypatch.setattr(module, "FOLDS", folds)
     run, z = KINDS[kind], torch.randn(7, 9, 5, generator=torch.Generator().manual_seed(1))
-    scores = module.cross_validated(run, z, folds)
+    scores = module.cross_validated(run, z)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(run.seed))
-    for fold in order.tensor_split(folds or 7):
+    for fold in order.tensor_split(folds):
         rest = [i for i in range(7) if i not in fold.tolist()]
         for i in fold.tolist():
             parts = [(z[rest].flatten(0, 1), z[i])]
@@ -192,7 +179,7 @@ def test_the_quantile_gives_about_the_false_alarms_asked_for():
     rates = []
     for _ in range(20):
         z, new = (torch.randn(n, 1, 6, generator=generator) for n in (150, 2000))
-        normal = module.cross_validated(IMAGE, z, 5)
+        normal = module.cross_validated(IMAGE, z)
         threshold, chosen = choose_threshold(normal, normal[:0], 0.9)
         rates.append((score_features(fit_density(IMAGE, z), new) >= threshold).double().mean())
         assert "90 % quantile" in chosen
@@ -211,32 +198,38 @@ def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
 ):
     monkeypatch.setattr(module, "SIDE", (0.2, 0.3))  # of images of 32 pixels
     runs = {"places": replace(LEVELS, gaussians="position"), "trained": WINDOWS}
-    table = module.compare(runs, *pixels, places=Places(tmp_path))
-    kinds = list(table)[:4]
+    table = module.compare(runs, pixels[0], places=Places(tmp_path))
     assert list(table.index) == ["places", "trained"]
-    assert kinds == ["CutPaste", "CutPaste-scar", "square, color", "heart, natural"]
-    assert table["mean"].tolist() == pytest.approx(table[kinds].mean(axis=1).tolist())
     _, net = module._network(runs["places"], pixels[0], Places(tmp_path))
     held = torch.arange(len(pixels[0])) % 2 == 0  # few images: every second one
     scorer = Scorer.fit(runs["places"], net, pixels[0][~held])
-    made = module.made_anomalies(runs["places"], pixels[0][held])
+    made = module.made_anomalies(runs["places"], pixels[0][held], side=(0.2, 0.3), opacity=0.5)
     scores = {kind: scorer.score(part) for kind, part in made.items()}
+    kinds = [*made][1:]
+    assert kinds == ["CutPaste", "CutPaste-scar", "square color", "heart natural"]
     for kind in kinds:
         assert table.loc["places", kind] == auroc_between(scores["normal"], scores[kind])
         changed = (made[kind] != made["normal"]).any(1).flatten(1).float().mean(1)
         assert (changed > 0).all() and (changed < 0.5).all()
-    bad = table.assign(bad=[70, 80])
-    assert module.recommended(bad) == "trained"  # with bad images they decide
-    alike = table.assign(bad=80, mean=[90, 80])
-    assert module.recommended(alike) == "places"
-    assert table["painted"].tolist() == pytest.approx(table[kinds[2:]].mean(axis=1).tolist())
-    assert table["trained"].tolist() == [False, True]
-    rest = table.drop(columns="bad").assign(mean=[80, 90])
-    assert module.recommended(rest.assign(painted=[70, 71])) == "trained"
-    assert module.recommended(rest.assign(painted=[70, 70])) == "places"
-    assert module.recommended(rest.assign(mean=[90, 80], painted=[70, 71])) == "places"
+    assert table["mean"].tolist() == pytest.approx(table[kinds].mean(axis=1).tolist())
     with pytest.raises(ValueError, match="four normal images"):
         module.compare(runs, pixels[0][:3], places=Places(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("bad", "first"),
+    [
+        (None, "shared"),  # the highest mean, not that of pasted pieces that training has seen
+        ([70, 80, 90], "trained"),  # bad images decide
+        ([90, 80, 90], "position"),  # two are best
+        ([80, 90, 80], "shared"),
+        ([90, 90, 90], "shared"),  # all are
+    ],
+)
+def test_the_recommended_candidate_comes_first(bad, first):
+    runs = {"trained": WINDOWS} | {k: replace(LEVELS, gaussians=k) for k in ("position", "shared")}
+    table = pd.DataFrame({"mean": [80, 85, 90]}, index=["position", "shared", "trained"])
+    assert module.ranked(table if bad is None else table.assign(bad=bad), runs).index[0] == first
 
 
 SCORES = st.lists(st.integers(0, 12), min_size=1, max_size=15)
@@ -502,7 +495,7 @@ def test_own_folders_make_a_detector_and_what_is_wrong_with_them_is_said(
     said = "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
     assert f"{good / 'broken.png'}: " in said
     assert "left out, no images by their names: 1 (.heic)" in said
-    assert "2 candidates to compare" in said  # what CutPaste trains is asked for
+    assert "recommended: ImageNet" in said
     folder = results / "detectors" / name_of(good)
     detector = Detector.load(folder)
     assert detector.run.dataset == "own"

@@ -85,7 +85,13 @@ def download(folder, accept_licence) -> None:
 @device_option
 def fit(good, bad, out, quantile, weights, device) -> int:
     """Fit a detector to the normal images below a folder, as notebook 12 does."""
-    from cplib.apps.detector import best_detector, candidates, differ_in_shape, own_images
+    from cplib.apps.detector import (
+        candidates,
+        compare,
+        differ_in_shape,
+        fit_detector,
+        own_images,
+    )
     from cplib.apps.workspace import find_device
     from cplib.study.store import Places
 
@@ -94,10 +100,11 @@ def fit(good, bad, out, quantile, weights, device) -> int:
     for line in lines:
         print(line, file=sys.stderr)
     runs = candidates("own", pad=differ_in_shape([*normal, *anomalous]))
+    table = compare(runs, normal, anomalous, places=places)
+    print(table.round(1).to_string())
     options = {"folder": out, "places": places, "quantile": quantile}
-    detector, table = best_detector(runs, normal, anomalous, **options)
-    print(table.drop(columns="trained").round(1).to_string())
-    print(f"images: {len(normal)} normal, {len(anomalous)} anomalous")
+    detector = fit_detector(runs[table.index[0]], normal, anomalous, **options)
+    print(f"taken: {table.index[0]}; {len(normal)} normal images, {len(anomalous)} anomalous")
     print(f"threshold {detector.threshold:.4g}: {detector.chosen}")
     print(f"python -m cplib score {out} FOLDER --out scores.csv")
     return 0

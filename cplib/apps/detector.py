@@ -1,4 +1,4 @@
-"""A model as a tool: fitted to a person's own normal images, saved, loaded, scoring new ones."""
+"""A detector for a person's own images: compare candidates, fit one, save it, score new images."""
 
 import contextlib
 import hashlib
@@ -38,12 +38,12 @@ from cplib.study.store import BROKEN, Places, one_line, write_json
 from cplib.study.synthetic import paint
 from cplib.train import augmentation_kwargs, fit, precision
 
-VERSION = 5  # of what is saved
+VERSION = 5  # of the saved files
 TENSORS, RECORD = "detector.safetensors", "detector.json"
-GENERAL = ("good", "ok", "normal", "train", "test", "images")  # no names of what is shown
-LARGEST, DEEPEST = 4096, 16  # pixels a side, hidden layers: a record cannot ask for all the memory
-# ImageNet features of EfficientNet-Lite0, whose weights come with a package: two levels that hold
-# detail and context, 16 pixels a place.
+GENERAL = ("good", "ok", "normal", "train", "test", "images")  # folders that do not name a product
+LARGEST, DEEPEST = 4096, 16  # pixels a side, hidden layers: a record cannot ask for more memory
+# ImageNet features of EfficientNet-Lite0: a package brings its weights. Two levels hold detail and
+# context. A place is 16 pixels.
 LEVELS = Run(
     method="pretrained",
     category="own",
@@ -54,25 +54,27 @@ LEVELS = Run(
     levels=(4, 6),
     reg_covar=0.01,
 )
-PAINTED = (("square", "color"), ("heart", "natural"))  # half transparent, SIDE of the image's side
-SIDE = (0.07, 0.15)
-STRIDE = 16  # pixels between the patch model's windows, as between the places of LEVELS
-# Where the scores of new images cast doubt on the threshold:
-FEWEST = 20  # new images
-LOW = 0.08  # of those below the threshold lie where a quarter of the normal ones does
-ALL_ABOVE = 0.95  # of all lie above the threshold
-FEW = 100  # normal images, below which every second one is held out instead of every fifth
-HELD = 200  # about so many are held out at most
+PAINTED = (("square", "color"), ("heart", "natural"))  # shapes and fillings of made anomalies
+SIDE = (0.07, 0.15)  # of a painted shape, a share of the image's side
+OPACITY = 0.5  # of a painted shape
+STRIDE = 16  # pixels between the windows of the patch model, as between the places of LEVELS
+# The scores of new images cast doubt on the threshold if there are FEWEST of them or more, and:
+FEWEST = 20
+LOW = 0.08  # at most this share of those below the threshold is as low as a quarter of the normal
+ALL_ABOVE = 0.95  # or at least this share lies above the threshold
+FEW = 100  # of fewer normal images, ``compare`` holds out every second one, else every fifth
+HELD = 200  # ``compare`` holds out about this many at most
+FOLDS = 10  # of the cross-validation where each place has its own Gaussian
 Images = Tensor | Sequence[str | Path]  # uint8 (N, 3, size, size), or files of any size
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A scorer with a threshold: an image is called anomalous from the threshold on.
+    """A scorer with a threshold. An image is anomalous if its score reaches the threshold.
 
-    ``normal`` (N,) are the cross-validated scores of the normal images it was fitted to,
-    ``anomalous`` (M,) those of the images that helped to choose the threshold; ``chosen`` says how.
-    ``images`` is a SHA-256 of the normal ones' pixels.
+    ``normal`` (N,) holds the cross-validated scores of the normal images. ``anomalous`` (M,) holds
+    the scores of the anomalous images that helped to choose the threshold. ``chosen`` says how it
+    was chosen. ``images`` is the SHA-256 of the normal images' pixels.
     """
 
     scorer: Scorer
@@ -84,19 +86,19 @@ class Detector:
 
     @property
     def run(self) -> Run:
-        """The run whose network and scores these are."""
+        """The settings of the network and of the scores."""
         return self.scorer.run
 
     def score(self, images: Images) -> Tensor:
-        """Anomaly scores (N,) in float64; DataError has a line for each file that is no image."""
+        """Anomaly scores (N,), float64. DataError names each file that is not an image."""
         return self.scorer.score(as_pixels(self.run, images))
 
     def doubt(self, scores: Tensor) -> str:
-        """A line where the scores (N,) of new images say that the threshold may not hold, or "".
+        """A warning if the scores (N,) of new images show that the threshold may not hold, else "".
 
-        If the new images are like those that the detector was fitted to, then of those below the
-        threshold about a quarter score like the lowest quarter of the normal images, or fewer where
-        defects are missed. Hardly any does where light, position or camera have changed.
+        Take the new images below the threshold. If they are like the images of the fit, about a
+        quarter of them score as low as the lowest quarter of the normal images (fewer if defects
+        were missed). If light, position or camera have changed, hardly any does.
         """
         above = int((scores >= self.threshold).sum())
         own, below = (x[x < self.threshold] for x in (self.normal, scores))
@@ -121,7 +123,7 @@ class Detector:
     def save(self, folder: str | Path) -> None:
         """Write ``detector.safetensors`` and ``detector.json``.
 
-        The second holds the first one's hash: a mixture of two detectors is refused by ``load``.
+        The second file holds the hash of the first, so ``load`` refuses files of two detectors.
         """
         folder = Path(folder)
         tensors = {f"net.{k}": v for k, v in self.scorer.net.state_dict().items()}
@@ -130,7 +132,7 @@ class Detector:
         tensors |= {"normal": self.normal, "anomalous": self.anomalous}
         with atomic(folder / TENSORS) as part:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
-            part.chmod(0o644)  # safetensors' own mode: nobody else reads it
+            part.chmod(0o644)  # safetensors lets nobody else read it
             digest = hashlib.sha256(part.read_bytes()).hexdigest()
         record = {"version": VERSION, "run": asdict(self.run), "threshold": self.threshold}
         record |= {"chosen": self.chosen, "images": self.images, "sha256": digest}
@@ -138,7 +140,7 @@ class Detector:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Detector":
-        """Read what ``save`` wrote; ValueError, one line, for anything else. Runs no code of it."""
+        """Read what ``save`` wrote. Anything else is a ValueError of one line, and runs no code."""
         folder = Path(folder)
         try:
             return cls._load(folder, device)
@@ -173,10 +175,10 @@ class Detector:
         net.load_state_dict(state, assign=True)
         net = net.to(device, memory_format=torch.channels_last).eval()
         normal, anomalous = tensors.pop("normal"), tensors.pop("anomalous")
-        # Copies, laid out as they were fitted: the last digits of matrix products depend on it.
+        # The last digits of matrix products depend on the layout in memory: restore it.
         density = {k.removeprefix("density."): v.clone() for k, v in tensors.items()}
         if factor.dim() == 2 and "mean" in density:
-            density["factor"] = factor.mT.contiguous().mT  # by columns, as Cholesky leaves it
+            density["factor"] = factor.mT.contiguous().mT  # by columns, like Cholesky's
         kind = PositionGaussians if "z" in density else Gaussian
         options = {"reg_covar": run.reg_covar} if "z" in density else {}
         scorer = Scorer(run, net, kind(**density, **options))
@@ -186,10 +188,10 @@ class Detector:
 
 
 def own_images(good: str | Path, bad: str | Path = "") -> tuple[list[Path], list[Path], list[str]]:
-    """The normal images below ``good``, the anomalous ones below ``bad``, and what was left out.
+    """The normal images below ``good``, the anomalous ones below ``bad``, and lines to print.
 
-    An image below ``bad`` is never normal, though that folder may lie inside ``good``. A line
-    names each file that is no image. Raises DataError where no image of a folder can be read.
+    ``bad`` may lie inside ``good``: its images are not taken as normal. The lines name files that
+    are not images. Raises DataError if a folder has no image that can be read.
     """
     folders = [Path(folder).expanduser().resolve() for folder in (good, bad) if folder]
     found, lines = [], []
@@ -208,28 +210,6 @@ def own_images(good: str | Path, bad: str | Path = "") -> tuple[list[Path], list
     return normal, anomalous, lines
 
 
-def best_detector(
-    runs: dict[str, Run],
-    normal: Images,
-    anomalous: Images = (),
-    *,
-    folder: str | Path,
-    places: Places,
-    choice: str = "",
-    quantile: float = 0.95,
-    deadline: float | None = None,
-) -> tuple[Detector, pd.DataFrame]:
-    """Compare the candidates, fit the recommended one or ``choice``, and save it in ``folder``.
-
-    Returns the detector and what ``compare`` found. Raises what ``compare`` and ``fit_detector``
-    raise.
-    """
-    table = compare(runs, normal, anomalous, places=places, deadline=deadline)
-    run = runs[choice or recommended(table)]
-    options = {"folder": folder, "quantile": quantile, "deadline": deadline}
-    return fit_detector(run, normal, anomalous, places=places, **options), table
-
-
 def fit_detector(
     run: Run,
     normal: Images,
@@ -238,29 +218,27 @@ def fit_detector(
     places: Places,
     folder: str | Path | None = None,
     quantile: float = 0.95,
-    deadline: float | None = None,
 ) -> Detector:
-    """Train the run on normal images, fit its density, choose a threshold, save the detector.
+    """Train the run's network if it needs training, fit its density, and choose a threshold.
 
-    It goes to ``folder``; a line says where that replaces a detector of other images. Training that
-    was cut off (past ``deadline``, seconds since the epoch, that is OutOfTime) resumes, and is not
-    repeated for the same images. The threshold comes from the normal images' scores under the
-    density of the others (see ``cross_validated``); the network has seen them all. Raises
-    ValueError for fewer than two images or, as DataError, a line for each that cannot be read.
+    With ``folder`` the detector is saved there. A line is printed if it replaces a detector of
+    other images. The threshold comes from the scores of the normal images (``cross_validated``)
+    and of the anomalous ones (``choose_threshold``). Raises ValueError for fewer than two normal
+    images, and DataError with a line for each file that cannot be read.
     """
     if not 0 < quantile < 1:
         raise ValueError(f"the quantile must lie between 0 and 1: {quantile}")
     normal, anomalous = as_pixels(run, normal), as_pixels(run, anomalous)
     if len(normal) < 2:
         raise ValueError(f"a detector needs two normal images at least, not {len(normal)}")
-    run, net = _network(run, normal, places, deadline)
+    run, net = _network(run, normal, places)
     z = torch.cat([Scorer(run, net, None).features(part) for part in normal.split(CHUNK)])
     scorer = Scorer(run, net, fit_density(run, z))
     own, other = cross_validated(run, z), scorer.score(anomalous)
     chosen = choose_threshold(own, other, quantile)
     detector = Detector(scorer, *chosen, own, other, sha256(normal))
     if folder is not None:
-        with contextlib.suppress(*BROKEN):  # none is there, or none that could be used
+        with contextlib.suppress(*BROKEN):  # there is none, or it is damaged
             stored = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
             if stored["images"] != detector.images:
                 print(f"{folder}: replaces a detector of other images")
@@ -271,9 +249,10 @@ def fit_detector(
 def candidates(
     category: str, profile: Profile | None = None, *, pad: bool = False
 ) -> dict[str, Run]:
-    """Detectors to compare: ImageNet features; with a profile also those that CutPaste trains.
+    """Runs to compare, by name: two with ImageNet features, with a profile two of CutPaste's, too.
 
-    These are the same features finetuned in the two phases of 4.3, and the patch model (4.2).
+    CutPaste finetunes the same features in the two phases of section 4.3, or trains the patch model
+    of section 4.2, both by the schedules of the profile. ``pad``: see ``datasets.read_images``.
     """
     own = {"category": category, "dataset": "own", "pad": pad}
     runs = {
@@ -289,100 +268,83 @@ def candidates(
     return runs
 
 
-def expected_seconds(runs: Iterable[Run], n: int, each: float) -> float:
-    """About how long comparing takes with n images, one forward pass taking ``each`` seconds.
-
-    A training step counts three passes; an image is scored about four times.
-    """
-    passes = 0.0
-    for run in runs:
-        passes += 3 * run.images * ((run.crop or run.size) / LEVELS.size) ** 2
-        shape = positions(run.size, run.size, run.window, run.stride) if run.window else (1, 1)
-        passes += 4 * n * math.prod(shape) * ((run.window or run.size) / LEVELS.size) ** 2
-    return each * passes
-
-
 def differ_in_shape(files: Iterable[str | Path]) -> bool:
-    """Whether the ratio of width to height differs by more than 5 % among images."""
+    """Whether the images' ratios of width to height differ by more than 5 %."""
     ratios = [w / h for w, h in map(datasets.size_of, files)]
     return max(ratios) > 1.05 * min(ratios)
 
 
 def compare(
-    runs: dict[str, Run],
-    normal: Images,
-    bad: Images = (),
-    *,
-    places: Places,
-    deadline: float | None = None,
+    runs: dict[str, Run], normal: Images, bad: Images = (), *, places: Places
 ) -> pd.DataFrame:
-    """How well each run finds anomalies made on normal images that it was not fitted to.
+    """How well each run finds anomalies: a row for each run, ``ranked``.
 
-    A row a run: AUROC in percent for each kind of anomaly (``made_anomalies``), their ``mean``,
-    the mean of the ``painted`` ones, whether the network is ``trained`` on pasted pieces, seconds
-    to fit (the rest of them, where it resumes) and milliseconds an image. With bad images a column
-    ``bad`` is their AUROC. Training resumes as in ``fit_detector``. ValueError for fewer
-    than four normal images.
+    A part of the normal images is held out, and each run is fitted to the others. Columns: the
+    AUROC in percent between held-out images and each kind of ``made_anomalies``, the ``mean`` of
+    these, the AUROC of the ``bad`` images if there are any, and the ``seconds`` it took.
+
+    Raises ValueError for fewer than four normal images.
     """
     rows, read = {}, cache(lambda size, pad: as_pixels(run, normal))
     for name, run in tqdm(runs.items(), desc="candidates", bar_format=BAR, file=sys.stdout):
-        pixels = read(run.size, run.pad)
+        began, pixels = time.time(), read(run.size, run.pad)
         if len(pixels) < 4:
             raise ValueError(f"to compare takes four normal images at least, not {len(pixels)}")
         every = max(5, len(pixels) // HELD) if len(pixels) >= FEW else 2
         held = torch.arange(len(pixels)) % every == 0
-        began = time.time()
-        run, net = _network(run, pixels[~held], places, deadline)
+        run, net = _network(run, pixels[~held], places)
         scorer = Scorer.fit(run, net, pixels[~held])
-        fitted = time.time()
-        own, *others = made_anomalies(run, pixels[held]).items()
-        base = scorer.score(own[1])
-        found = {kind: auroc_between(base, scorer.score(part)) for kind, part in others}
-        each = (time.time() - fitted) / (len(base) * (1 + len(others)))
-        values = list(found.values())
-        rows[name] = found | {"mean": fmean(values), "painted": fmean(values[-len(PAINTED) :])}
-        rows[name]["trained"] = run.needs_training
+        made = made_anomalies(run, pixels[held], side=SIDE, opacity=OPACITY)
+        own = scorer.score(made.pop("normal"))
+        found = {kind: auroc_between(own, scorer.score(part)) for kind, part in made.items()}
+        found["mean"] = fmean(found.values())
         if len(bad):
-            rows[name]["bad"] = auroc_between(base, scorer.score(as_pixels(run, bad)))
-        rows[name] |= {"seconds": fitted - began, "ms an image": 1000 * each}
-    return pd.DataFrame.from_dict(rows, orient="index")
+            found["bad"] = auroc_between(own, scorer.score(as_pixels(run, bad)))
+        rows[name] = found | {"seconds": time.time() - began}
+
+    return ranked(pd.DataFrame.from_dict(rows, orient="index"), runs)
 
 
-def recommended(table: pd.DataFrame) -> str:
-    """The row with the highest AUROC: of the bad images where there are any, then the mean.
+def ranked(table: pd.DataFrame, runs: dict[str, Run]) -> pd.DataFrame:
+    """The rows of ``compare`` in another order: the first one is recommended.
 
-    A network trained on pasted pieces knows two of the kinds: it has to beat the best of the others
-    on the painted shapes, too.
+    It has the highest AUROC on the bad images. Without bad images, or if several rows share that
+    AUROC, the highest mean decides. Runs that CutPaste trains then come last: they have seen pasted
+    pieces, so their mean is too good.
     """
-    if "bad" in table:
-        table = table[table["bad"] == table["bad"].max()]
-    others = table[~table["trained"]]
-    best = table.loc[(others if len(others) else table)["mean"].idxmax()]
-    better = table[(table["mean"] > best["mean"]) & (table["painted"] > best["painted"])]
-    return better["mean"].idxmax() if len(better) else best.name
+
+    def key(name: str) -> tuple:
+        row = table.loc[name]
+        return -row.get("bad", 0), runs[name].needs_training, -row["mean"]
+
+    return table.loc[sorted(table.index, key=key)]
 
 
-def made_anomalies(run: Run, normal: Tensor) -> dict[str, Tensor]:
-    """The normal images, and copies with each kind of anomaly: pasted pieces, painted shapes."""
+def made_anomalies(
+    run: Run, normal: Tensor, *, side: tuple[float, float], opacity: float
+) -> dict[str, Tensor]:
+    """The ``normal`` images, and a copy with each kind of anomaly: pasted pieces, painted shapes.
+
+    ``side`` and ``opacity`` are those of the painted shapes.
+    """
     patch, scar = pasted_copies(normal, augmentation_kwargs(run))
     made = {"normal": normal, "CutPaste": patch, "CutPaste-scar": scar}
     for shape, fill in PAINTED:
-        painted, _ = paint(normal, shape, fill, least=1, side=SIDE)
-        made[f"{shape}, {fill}"] = ((painted.int() + normal.int()) // 2).to(torch.uint8)
+        painted, _ = paint(normal, shape, fill, least=1, side=side)
+        mixed = normal + opacity * (painted.float() - normal)
+        made[f"{shape} {fill}"] = mixed.to(torch.uint8)
     return made
 
 
-def _network(
-    run: Run, normal: Tensor, places: Places, deadline: float | None = None
-) -> tuple[Run, PretextNet]:
-    """The run and its network; training is kept in a checkpoint for these images, and resumes."""
+def _network(run: Run, normal: Tensor, places: Places) -> tuple[Run, PretextNet]:
+    """The run and its network. Its training resumes from a checkpoint of the same images."""
     if not run.needs_training:
         net = build(run, places.weights)
     else:
-        run = replace(run, precision=precision(run, places.device))  # machines choose differently
+        run = replace(run, precision=precision(run, places.device))  # differs between machines
         name = f"{run.training_id}-{sha256(normal)[:8]}.safetensors"
-        options = {"checkpoint": places.results / "checkpoints" / name, "deadline": deadline}
-        net, _ = fit(run, normal, places.device, weights=places.weights, **options)
+        checkpoint = places.results / "checkpoints" / name
+        net, _ = fit(run, normal, places.device, weights=places.weights, checkpoint=checkpoint)
     return run, net.to(places.device, memory_format=torch.channels_last).eval()
 
 
@@ -392,7 +354,7 @@ def sha256(pixels: Tensor) -> str:
 
 
 def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and types that a detector of this run has."""
+    """Tensors with the names, shapes and types that a detector of this run has."""
     lengths = {k: len(tensors[k]) for k in ("normal", "anomalous")}
     found = {k: torch.empty(n, dtype=torch.float64) for k, n in lengths.items()}
     width, shape = net.head[0].in_features, (1, 1)
@@ -414,7 +376,7 @@ def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """ValueError names the first tensor that is missing, unknown or of another kind."""
+    """Raise a ValueError that names a tensor that is missing, unknown, or of another kind."""
     if odd := sorted(set(tensors) ^ set(expected)):
         raise ValueError(f"{odd[0]!r} is missing or unknown")
     for name, value in tensors.items():
@@ -424,7 +386,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def name_of(folder: str | Path) -> str:
-    """A name for the detector of a folder, of its whole path: "sieve-1f3a" for .../sieve/good."""
+    """A name for a folder's detector, from its whole path: "sieve-1f3a" for .../sieve/good."""
     path = Path(folder).expanduser().resolve()
     named = [part for part in path.parts[1:] if part.lower() not in GENERAL]
     digest = hashlib.sha256(path.as_posix().encode()).hexdigest()
@@ -432,7 +394,7 @@ def name_of(folder: str | Path) -> str:
 
 
 def as_pixels(run: Run, images: Images) -> Tensor:
-    """Images as uint8 (N, 3, size, size); DataError has a line for each that cannot be read."""
+    """Images as uint8 (N, 3, size, size). DataError has a line for each that cannot be read."""
     if not isinstance(images, Tensor):
         pixels, _, problems = datasets.read_images(images, run.size, pad=run.pad)
         if problems:
@@ -444,19 +406,19 @@ def as_pixels(run: Run, images: Images) -> Tensor:
     return images
 
 
-def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
-    """Score (N,) of each image's features z (N, P, D) under the density of the other folds.
+def cross_validated(run: Run, z: Tensor) -> Tensor:
+    """Scores (N,) of images by their features z (N, P, D), each by Gaussians of the other images.
 
-    Without ``folds``: ten where each place has its Gaussian, else one image at a time is left
-    out: the fewer images a Gaussian has, the higher it scores new ones.
+    One image is left out at a time. Where each place has its own Gaussian, this would take too
+    long: there are FOLDS folds. The fewer images a Gaussian has, the higher it scores new ones.
     """
     n = len(z)
-    folds = min(n, folds or (10 if by_position(run) else n))
+    folds = min(n, FOLDS) if by_position(run) else n
     whole = None if by_position(run) else moments(z)
     scores = torch.empty(n, dtype=torch.float64)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(run.seed))
     for fold in order.tensor_split(folds):
-        if whole:  # less than fitting each time anew
+        if whole:  # faster than a new fit
             others = (a - b for a, b in zip(whole, moments(z[fold]), strict=True))
             density = Gaussian.from_moments(*others, reg_covar=run.reg_covar)
         else:
@@ -468,8 +430,9 @@ def cross_validated(run: Run, z: Tensor, folds: int | None = None) -> Tensor:
 def choose_threshold(normal: Tensor, anomalous: Tensor, quantile: float) -> tuple[float, str]:
     """The threshold and how it was chosen, from scores of normal (N,) and anomalous (M,) images.
 
-    With anomalous ones the highest F1, halfway down to the next lower score; without any the
-    ``quantile`` of the normal ones: about 1 - quantile of normal images are false alarms.
+    With anomalous images it has the highest F1, and lies halfway down to the next lower score.
+    Without any it is the ``quantile`` of the normal scores: about 1 - quantile of the normal images
+    are false alarms.
     """
     if not len(anomalous):
         how = f"{100 * quantile:g} % quantile of the cross-validated scores of {len(normal)} normal"
@@ -484,7 +447,7 @@ def choose_threshold(normal: Tensor, anomalous: Tensor, quantile: float) -> tupl
 
 
 def false_alarms(normal: Tensor, threshold: float) -> str:
-    """The share of normal images at or above a threshold, with its 95 % interval, in words."""
+    """Words for the share of normal scores at or above a threshold, with its 95 % interval."""
     found = binomtest(int((normal >= threshold).sum()), len(normal))
     low, high = found.proportion_ci(0.95)
     share = f"{100 * found.statistic:.1f} % of normal images"
@@ -494,10 +457,11 @@ def false_alarms(normal: Tensor, threshold: float) -> str:
 def score_folder(
     detector: Detector, folder: str | Path, maps: str | Path | None = None
 ) -> tuple[pd.DataFrame, list[str]]:
-    """``file, score, threshold, anomalous`` of every image below a folder, and what went wrong.
+    """A table (file, score, threshold, anomalous) of the images below a folder, and the problems.
 
-    A file that is no image has an empty score and a line among the problems. Into the folder
-    ``maps`` goes a PNG an image: its anomaly map laid over it, from half the threshold to twice it.
+    A file that is not an image has an empty score and a line among the problems. With ``maps``, a
+    folder, a PNG of each image is written there, under its anomaly map. The map's colours go from
+    half the threshold to twice the threshold.
     """
     folder, run = Path(folder).expanduser(), detector.run
     files = datasets.image_files(folder)
