@@ -12,8 +12,10 @@ import torch
 from cplib.apps.cli import main
 from cplib.apps.notebooks import NOTEBOOKS, choose
 from cplib.apps.workspace import ROOT, open_workspace, parse_budget
-from cplib.study.profiles import METHOD, PROFILES, TABLE1
-from cplib.study.sweep import UsageError
+from cplib.study.profiles import METHOD, PROFILES
+from cplib.study.store import frame
+from cplib.study.tables import planned
+from cplib.study.workspace import UsageError
 
 NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
 UNKNOWN = f"error: unknown profile 'nonsense': one of {', '.join(PROFILES)}\n"
@@ -199,21 +201,23 @@ def test_a_workspace_takes_what_is_asked_and_else_the_profiles_own(
     workspace = open_workspace("smoke", str(demo_root))
     assert workspace.categories == PROFILES["smoke"].categories
     assert (workspace.results, workspace.budget) == (tmp_path / "smoke", None)
-    runs = workspace.runs(TABLE1)
+    runs = planned(workspace, "table1_image_level")
     assert workspace.missing(runs) == runs
     for name, value in {"SEEDS": "3", "BUDGET": "1m", "WEIGHTS": str(tmp_path)}.items():
         monkeypatch.setenv(f"CPLIB_{name}", value)
     workspace = open_workspace("smoke", str(demo_root), "fabric, sieve")
     assert (workspace.budget, workspace.places.weights) == (60, tmp_path)
     assert workspace.shown == ("brick", "sieve", "fabric")
-    runs = workspace.runs(("cutpaste",))
+    runs = planned(workspace, "table1_image_level")
+    runs = {run: names for run, names in runs.items() if run.method == "cutpaste"}
     cells = [(category, seed) for category in workspace.shown for seed in range(3)]
     assert [(run.category, run.seed) for run in runs] == cells
-    assert workspace.missing(runs) == [run for run in runs if run.category != "brick"]
+    assert list(workspace.missing(runs)) == [run for run in runs if run.category != "brick"]
     monkeypatch.setenv("CPLIB_SEEDS", "1")
     few = open_workspace("smoke", str(demo_root), "sieve")
-    assert {r.seed for r in few.runs((METHOD,))} == {0, 1}  # the profile's
-    assert [r.seed for r in few.missing(few.runs((METHOD,)))] == [0]
+    runs = planned(few, "table1_image_level")
+    assert {r.seed for r in runs if r.method == METHOD} == {0, 1}  # the profile's
+    assert {r.seed for r in few.missing(runs)} == {0}
 
 
 def test_another_data_set_is_named_in_its_runs_and_has_results_of_its_own(
@@ -225,18 +229,19 @@ def test_another_data_set_is_named_in_its_runs_and_has_results_of_its_own(
     assert workspace.places.data == demo_root
     assert set(workspace.categories) == {"brick", "fabric", "sieve"}
     assert workspace.results == tmp_path / "quick-demo"
-    assert {run.dataset for run in workspace.runs(TABLE1)} == {"demo"}
+    assert {run.dataset for run in planned(workspace, "table1_image_level")} == {"demo"}
 
 
 def test_without_mvtec_a_workspace_opens_and_says_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
     workspace = open_workspace("quick")
     assert workspace.places.data is None
-    assert len(workspace.collect(workspace.runs(TABLE1))) == 0
+    runs = planned(workspace, "table1_image_level")
+    assert len(frame(runs, workspace.places)) == 0 and len(runs)
     with pytest.raises(UsageError, match="MVTEC_ROOT"):
         workspace.load("bottle", "train")
     with pytest.raises(UsageError, match="MVTEC_ROOT"):
-        workspace.execute(workspace.missing(workspace.runs(TABLE1)))
+        workspace.execute(workspace.missing(runs))
 
 
 def test_what_is_no_run_cannot_be_repeated(tmp_path, capsys):

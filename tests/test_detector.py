@@ -34,8 +34,8 @@ from cplib.density import Gaussian
 from cplib.metrics import auroc_between
 from cplib.run import Run
 from cplib.score import Scorer, fit_density, score_features
+from cplib.study.measures import scores
 from cplib.study.store import Places
-from cplib.study.sweep import assess
 
 IMAGE = Run(method="cutpaste_3way", category="parts", dataset="own", size=32, updates=1, sources=2)
 WINDOWS = replace(IMAGE, crop=16, window=16, stride=8, gaussians="shared")
@@ -76,7 +76,7 @@ def saved(fitted):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_the_run_and_the_same_when_loaded(fitted, images, pixels, kind):
     detector, folder = fitted[kind]
-    expected = assess(detector.run, detector.scorer.net, *images)[0].amax(1).double()
+    expected = scores(detector.run, detector.scorer.net, *images)[0].amax(1).double()
     torch.testing.assert_close(detector.score(images[1].pixels), expected, rtol=1e-4, atol=0)
     anomalous = expected[images[1].labels == 1]
     torch.testing.assert_close(detector.anomalous, anomalous, rtol=1e-4, atol=0)

@@ -171,7 +171,7 @@ def stored(tmp_path, files):
 def collected(tmp_path, files):
     """Whether the run is in the table; where it is not, a warning names its folder."""
     with warnings.catch_warnings(action="error"):
-        table = tried(stored(tmp_path, files), store.collect, [UNTRAINED], Places(tmp_path))
+        table = tried(stored(tmp_path, files), store.frame, [UNTRAINED], Places(tmp_path))
     assert table is None or np.isreal(table["image_auroc"][0])
     return table is not None
 
@@ -208,7 +208,7 @@ def test_a_record_of_any_kind_is_collected_or_left_out(tmp_path, record, data, f
 @given(values.map(json.dumps).map(str.encode) | st.sampled_from([b"", b"{", b"\xff", b"[" * 10**5]))
 def test_what_is_kept_beside_a_run_is_read_or_named(tmp_path, record, content):
     file = stored(tmp_path, record | {"some.json": content}) / "some.json"
-    found = tried(file, store.cached, UNTRAINED, "some", None, Places(tmp_path))
+    found = tried(file, store.read_record, file)
     whole = content.startswith(b"{") and content != b"{"
     assert found is None if not whole else json.dumps(found).encode() == content
 

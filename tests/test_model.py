@@ -18,10 +18,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from cplib import datasets, model, train
 from cplib.model import PretextNet, build, embed, levels, weights_digest, weights_file
 from cplib.run import Run
-from cplib.study import tables
+from cplib.study.measures import level7
 from cplib.study.profiles import PROFILES
-from cplib.study.store import Places
-from cplib.study.sweep import execute
 
 RESNET, B4, LITE = "resnet18", "efficientnet_b4", "efficientnet_lite0"
 CATS = range(281, 288)  # domestic and big cats among ImageNet's classes
@@ -254,17 +252,11 @@ def test_level_7_of_lite0_is_that_of_timms_network():
     close(embed(net, images()), pooled)
 
 
-def test_the_score_of_level_7_is_a_library_gaussians_and_stands_beside_the_run(demo_root, tmp_path):
-    run = PROFILES["smoke"].finetune_runs(["sieve"])[1]
-    assert run.method == "pretrained"
-    places = Places(tmp_path, demo_root)
-    without_data = places._replace(data=None)
-    execute(run, places)
-    assert tables.level_metrics(run, without_data) is None
-    found = tables.level_metrics(run, places)
-    assert tables.level_metrics(run, without_data) == found
+def test_the_score_of_level_7_is_a_library_gaussians(demo_root):
+    run = PROFILES["smoke"].run("pretrained", "sieve", protocol="finetune")
     net = build(run)
     normal, test = (datasets.load(demo_root, "sieve", s, run.size) for s in ("train", "test"))
+    found = level7(run, net, normal, test)
     z, z_test = (embed(net, s.pixels, level=7).double().numpy() for s in (normal, test))
     density = GaussianMixture(1, reg_covar=run.reg_covar).fit(z)
     expected = 100 * roc_auc_score(test.labels, -density.score_samples(z_test))

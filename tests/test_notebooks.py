@@ -16,8 +16,8 @@ from cplib.apps.workspace import ROOT, open_workspace
 from cplib.run import BASELINES
 from cplib.study.claims import measured, verdicts
 from cplib.study.profiles import PROFILES, TABLE1
-from cplib.study.sweep import UsageError
-from cplib.study.tables import FINETUNED, all_runs
+from cplib.study.tables import FINETUNED, planned
+from cplib.study.workspace import UsageError
 
 PARAMETERS = {"profile", "data", "categories", "device"}
 SOURCES = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -94,10 +94,12 @@ def test_every_notebook_is_executed_without_a_warning(smoke, name):
 
 def test_every_run_of_the_profile_is_there_and_nothing_else(smoke, home, demo_root, monkeypatch):
     monkeypatch.setenv("CPLIB_RESULTS", str(home))
-    planned = all_runs(open_workspace("smoke", str(demo_root)))
+    workspace = open_workspace("smoke", str(demo_root))
+    runs = planned(workspace)
     own = SMOKE.runs(BASELINES + TABLE1, SMOKE.categories)
-    assert {run.id for run in planned} > {run.id for run in own}
-    assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in planned}
+    assert {run.id for run in runs} > {run.id for run in own}
+    assert {path.name for path in (smoke / "runs").iterdir()} == {run.id for run in runs}
+    assert workspace.missing(runs) == {}  # neither a run nor a measure
 
 
 def test_claims_are_judged_when_everything_is_measured(smoke, home, demo_root, monkeypatch):

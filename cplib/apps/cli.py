@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from cplib.settings import setting
 from cplib.study.profiles import PROFILES
 
 profile_option = click.option(
@@ -45,7 +46,7 @@ def notebooks(profile, data, categories, only, start, device, **options) -> int:
     chosen = choose(only, start)
     # ``open_workspace`` reads these, here and in the notebooks.
     os.environ |= {f"CPLIB_{name.upper()}": value for name, value in options.items() if value}
-    if profile == "smoke" and not os.environ.get("CPLIB_RESULTS"):
+    if profile == "smoke" and not setting("CPLIB_RESULTS"):
         os.environ["CPLIB_RESULTS"] = tempfile.mkdtemp(prefix="cplib-")
     return run_notebooks(open_workspace(profile, data, categories, device), chosen)
 

@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from cplib.settings import setting
+
 ROOT = Path(__file__).resolve().parents[2]
 CELL = Path(__file__).with_name("colab_cell.txt")
 COLAB = "https://colab.research.google.com"
@@ -23,7 +25,7 @@ def start(keep: bool) -> None:
     importlib.invalidate_caches()
     os.chdir(ROOT / "notebooks")
     os.environ.setdefault("CPLIB_MAX_CATEGORIES", "1")  # minutes, not hours
-    few = os.environ["CPLIB_MAX_CATEGORIES"]
+    few = setting("CPLIB_MAX_CATEGORIES")
     print(f"Categories by default: {few}. The parameter categories names more, with commas.")
     print(keep_on_drive() if keep else "Results are lost when the session ends.")
     import torch
@@ -45,7 +47,7 @@ def keep_on_drive() -> str:
             return f"Results are lost when the session ends: no Drive ({error})."
         os.environ["CPLIB_RESULTS"] = str(DRIVE / "MyDrive" / "cutpaste")
         os.environ.setdefault("CPLIB_CHECKPOINT_SECONDS", "300")  # Drive is slow
-    folder = os.environ.get("CPLIB_RESULTS", ROOT / "results")
+    folder = setting("CPLIB_RESULTS") or ROOT / "results"
     return f"Results and checkpoints go to {folder}; another session goes on from there."
 
 

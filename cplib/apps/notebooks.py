@@ -69,7 +69,9 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
     for group in _groups(chosen):
         if deadline:
             environment["CPLIB_BUDGET"] = f"{max(1, deadline - time.time()):.0f}s"
-        errors = execute(group, workspace.results, parameters, environment)
+        trains = workspace.profile.small and group[0].name > TRAINING and workspace.missing(runs)
+        most = 1 if trains else MOST  # side by side they would train the same networks
+        errors = execute(group, workspace.results, parameters, environment, most)
         for path, error in errors.items():
             print(f"  {error}", file=sys.stderr)
             failed.append(path.name)
@@ -99,15 +101,19 @@ def choose(only: str, start: str) -> list[Path]:
 
 
 def execute(
-    paths: list[Path], results: Path, parameters: dict, environment: dict | None = None
+    paths: list[Path],
+    results: Path,
+    parameters: dict,
+    environment: dict | None = None,
+    most: int = MOST,
 ) -> dict[Path, str]:
-    """Execute notebooks side by side into ``results/notebooks``; the errors of those that failed.
+    """Execute notebooks into ``results/notebooks``, at ``most`` so many at a time; their errors.
 
     The kernels get the environment of this process and ``environment``. Ctrl-C ends them and their
     workers within seconds, and raises KeyboardInterrupt. UsageError if one lacks a parameter.
     """
     prepared = {path: with_parameters(path, parameters) for path in paths}
-    jobs = min(MOST, len(paths), jobs_here())
+    jobs = min(most, len(paths), jobs_here())
     threads = {"OMP_NUM_THREADS": f"{max(1, jobs_here() // jobs)}"} if jobs > 1 else {}
     own = threads | os.environ | (environment or {})
     # The kernels import the code of this command, whose environment may be of another clone.

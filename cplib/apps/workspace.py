@@ -1,4 +1,4 @@
-"""``open_workspace``: what a notebook starts from. The one place that reads the environment."""
+"""``open_workspace``: what a notebook starts from."""
 
 import os
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from cplib import datasets
+from cplib.settings import setting
 from cplib.study.jobs import ENGINES
 from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
@@ -35,13 +36,13 @@ def open_workspace(
     if root and (named := datasets.identify(root)) != chosen.dataset:  # tables of their own
         there = tuple(datasets.categories(root))
         chosen, other = replace(chosen, dataset=named, categories=there), f"-{named}"
-    home = Path(os.environ.get("CPLIB_RESULTS") or ROOT / "results").expanduser()
+    home = Path(setting("CPLIB_RESULTS") or ROOT / "results").expanduser()
     results = home / f"{profile}{other}"
-    weights = os.environ.get("CPLIB_WEIGHTS", "")
+    weights = setting("CPLIB_WEIGHTS")
     if weights and not Path(weights).expanduser().is_dir():
         raise UsageError(f"no such folder of weights: {weights}")
     weights = Path(weights).expanduser().resolve() if weights else None
-    engine = os.environ.get("CPLIB_ENGINE") or "local"
+    engine = setting("CPLIB_ENGINE")
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: one of {', '.join(ENGINES)}")
     # The nodes of a Ray cluster may have GPUs where this machine has none.
@@ -50,15 +51,15 @@ def open_workspace(
         profile=chosen,
         categories=_categories(chosen, categories, root),
         places=Places(_writable(results), root, weights, here),
-        seeds=_seeds(os.environ.get("CPLIB_SEEDS", "")),
-        budget=parse_budget(os.environ.get("CPLIB_BUDGET", "")),
+        seeds=_seeds(setting("CPLIB_SEEDS")),
+        budget=parse_budget(setting("CPLIB_BUDGET")),
         engine=engine,
         device=here if device == "auto" else device,
     )
 
 
 def _data(profile: Profile, data: str) -> Path | None:
-    named = data or (os.environ.get("MVTEC_ROOT") if profile.dataset != "demo" else "")
+    named = data or (setting("MVTEC_ROOT") if profile.dataset != "demo" else "")
     if named:
         root = Path(named).expanduser().resolve()
         if not root.is_dir():
@@ -78,7 +79,7 @@ def _categories(profile: Profile, wanted: str, root: Path | None) -> tuple[str, 
     if unknown := [c for c in names if c not in there]:
         raise UsageError(f"unknown category {unknown[0]!r}: one of {', '.join(there)}")
     at_hand = tuple(c for c in profile.categories if c in there) or tuple(there)
-    limit = os.environ.get("CPLIB_MAX_CATEGORIES")
+    limit = setting("CPLIB_MAX_CATEGORIES")
     return names or at_hand[: int(limit) if limit else None]
 
 

@@ -21,6 +21,7 @@ from cplib import datasets
 from cplib.checkpoint import read_checkpoint
 from cplib.model import build
 from cplib.run import Run
+from cplib.settings import setting
 from cplib.study import store
 from cplib.study.measures import keep, scores
 from cplib.study.store import Places, checkpoint_file, run_folder, stock
@@ -172,7 +173,7 @@ def jobs_here(device: str = "cpu") -> int:
     memory hold.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if asked := os.environ.get("CPLIB_JOBS"):
+    if asked := setting("CPLIB_JOBS"):
         return max(1, int(asked))
     if torch.device(device).type != "cuda":
         return cores
@@ -226,7 +227,7 @@ def _on_ray(jobs: list[Planned], options: dict) -> Iterator[list[Outcome]]:
         raise ValueError("engine 'ray' needs Ray: pip install '.[ray]'") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=setting("RAY_ADDRESS") or None, log_to_driver=False)
     needs = {"num_cpus": 1, "max_retries": RETRIES}
     if torch.device(options["places"].device).type == "cuda":  # the head may have no GPU itself
         needs["num_gpus"] = 1 / (jobs_on("cuda") if torch.cuda.is_available() else 1)

@@ -8,13 +8,14 @@ How large they are, and where, the paper does not say: one in an image, anywhere
 """
 
 import functools
-import os
 
 import numpy as np
 import skimage.data
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, zeros
+
+from cplib.settings import setting
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -98,7 +99,7 @@ def digit_images() -> Array:
     MNIST is taken where $CPLIB_MNIST names torchvision's folder of it, and never downloaded;
     ValueError where it is not there.
     """
-    folder = os.environ.get("CPLIB_MNIST", "")
+    folder = setting("CPLIB_MNIST")
     if not folder:
         return (load_digits().images * 255 / 16).astype(np.uint8)
     import torchvision
