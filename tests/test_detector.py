@@ -289,7 +289,7 @@ def in_run(**fields):
         (changed(threshold=[1.0, 2.0]), "threshold"),
         (changed(threshold=float("nan")), "not finite"),
         (changed(chosen=3), "chosen"),
-        (in_run(colour=1), "'colour'"),
+        (in_run(colour=1), "colour"),
         (in_run(size=30_000), "at most 4096"),
         (in_run(head=[10**12]), "net.head"),
         (in_run(head=[1] * 100_000), "at most"),
