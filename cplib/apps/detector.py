@@ -29,8 +29,7 @@ from cplib.localize import level_features, positions
 from cplib.metrics import auroc_between, f1_max
 from cplib.model import PretextNet, build
 from cplib.run import Run
-from cplib.score import IMAGE_BATCH as CHUNK
-from cplib.score import Scorer, by_position, fit_density, score_features
+from cplib.score import IMAGE_BATCH, Scorer, by_position, fit_density, score_features
 from cplib.study.figures import overlay
 from cplib.study.jobs import BAR
 from cplib.study.profiles import METHOD, Profile
@@ -232,11 +231,11 @@ def fit_detector(
     if len(normal) < 2:
         raise ValueError(f"a detector needs two normal images at least, not {len(normal)}")
     run, net = _network(run, normal, places)
-    z = torch.cat([Scorer(run, net, None).features(part) for part in normal.split(CHUNK)])
+    z = torch.cat([Scorer(run, net, None).features(part) for part in normal.split(IMAGE_BATCH)])
     scorer = Scorer(run, net, fit_density(run, z))
     own, other = cross_validated(run, z), scorer.score(anomalous)
     chosen = choose_threshold(own, other, quantile)
-    detector = Detector(scorer, *chosen, own, other, sha256(normal))
+    detector = Detector(scorer, *chosen, own, other, datasets.pixels_digest(normal))
     if folder is not None:
         with contextlib.suppress(*BROKEN):  # there is none, or it is damaged
             stored = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
@@ -342,15 +341,10 @@ def _network(run: Run, normal: Tensor, places: Places) -> tuple[Run, PretextNet]
         net = build(run, places.weights)
     else:
         run = replace(run, precision=precision(run, places.device))  # differs between machines
-        name = f"{run.training_id}-{sha256(normal)[:8]}.safetensors"
+        name = f"{run.training_id}-{datasets.pixels_digest(normal)[:8]}.safetensors"
         checkpoint = places.results / "checkpoints" / name
         net, _ = fit(run, normal, places.device, weights=places.weights, checkpoint=checkpoint)
     return run, net.to(places.device, memory_format=torch.channels_last).eval()
-
-
-def sha256(pixels: Tensor) -> str:
-    """SHA-256 of images, in hex digits."""
-    return hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
 
 
 def _expected(run: Run, net: PretextNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -466,7 +460,7 @@ def score_folder(
     folder, run = Path(folder).expanduser(), detector.run
     files = datasets.image_files(folder)
     scores, problems = {}, []
-    for part in (files[i : i + CHUNK] for i in range(0, len(files), CHUNK)):
+    for part in (files[i : i + IMAGE_BATCH] for i in range(0, len(files), IMAGE_BATCH)):
         pixels, read, wrong = datasets.read_images(part, run.size, pad=run.pad)
         scores |= dict(zip(read, detector.score(pixels).tolist(), strict=True))
         heats = detector.maps(pixels) if maps else ()

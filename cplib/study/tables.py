@@ -39,7 +39,7 @@ class Row:
     changes: dict = field(default_factory=dict)  # fields of Run beside the protocol's
     measure: str = SCORES  # or "ensemble", or a record of ``measures.MEASURES``
     categories: tuple[str, ...] | str = ()  # only these; ALIGNED; empty: the table's
-    seeds: int = 0  # so many; 0: the profile's
+    seeds: int = 0  # exactly so many; 0: the profile's, and further ones that are stored
     setting: str = ""  # of Tables 7 and 8: what is changed, and its value
     value: str = ""
 
@@ -207,8 +207,8 @@ def plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
         for row in rows:
             only = aligned if row.categories == ALIGNED else row.categories or (category,)
             if category in only and not row.quoted:
-                own = row.seeds or profile.seeds_of(row.method or row.key, row.protocol, least)
-                n = study or seeds(own, [(row, category)])
+                own = profile.seeds_of(row.method or row.key, row.protocol, least)
+                n = study or row.seeds or seeds(own, [(row, category)])
                 found += [(row, run_of(row, category, seed)) for seed in range(n)]
     return found
 
