@@ -292,14 +292,14 @@ def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(
     record(tmp_path, QUICK.run("pretrained", "grid"), images=few, weights=weights)
     text = protocol(workspace)
     assert "| updates | 65536 | 640 |" in text and "momentum" not in text
-    assert "| grid | 256x256 | 264 | 5 (of 21) | 57 | 0 |" in text
+    assert "| grid | 256x256 | 264 | 5 (of 21) | 57 | 0 (of 57) |" in text
     assert "| tile | 900x900 | 230 | 33 | 84 | 84 |" in text
     assert "in fp32 (made up)" in text and "`some.pth`" in text
 
 
 def test_a_tables_result_is_a_sentence_about_the_papers_numbers_or_its_ends(quick):
     assert result(compare(quick, STUDIES[0], values(quick, STUDIES[0])), STUDIES[0]).startswith(
-        "image AUROC, average of the measured: learning rate: highest with "
+        "Image AUROC, average of the measured: learning rate: highest with "
     )
     for category, auroc in (("tile", 95.0), ("pill", 90.0)):
         run = QUICK.run(METHOD, category)

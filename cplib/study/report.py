@@ -275,10 +275,11 @@ def protocol(workspace: Workspace) -> str:
     precisions, devices = (
         " and ".join(sorted({r[key] for r in trained})) for key in ("precision", "device")
     )
-    files = ", ".join(sorted({r["weights"]["file"] for r in records.values() if r["weights"]}))
+    files = sorted({r["weights"]["file"] for r in records.values() if r["weights"]})
     text = f"Training was in {precisions or 'no precision'} ({devices or 'nothing was trained'}); "
     text += "scores are computed in fp32."
-    text += f" ImageNet weights: `{files}`." if files else ""
+    text += f" ImageNet weights: {', '.join(f'`{file}`' for file in files)}." if files else ""
+    text += " [More on images and weights](../../docs/protocol.md#images-and-weights)."
     parts = [markdown(grid.rename_axis("field of `Run`")), text, markdown(_images(records))]
     return "\n\n".join(part.strip() for part in parts)
 
@@ -289,11 +290,10 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
     data, rows = datasets.DATASETS[next(iter(records)).dataset], {}
     for name in in_order(here):
         rows[name] = {"size, px": "x".join(map(str, here[name]["size"]))}
-        for sort in ("train", "normal", "anomalous"):
-            found = here[name][sort]
-            official = getattr(data, sort)[data.categories.index(name)] if data.train else found
+        for sort in ("train", "normal", "anomalous", "masks"):
+            numbers, found = getattr(data, sort.replace("masks", "anomalous")), here[name][sort]
+            official = numbers[data.categories.index(name)] if numbers else found
             rows[name][sort] = found if found == official else f"{found} (of {official})"
-        rows[name]["masks"] = here[name]["masks"]
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("images")
 
 
@@ -312,7 +312,7 @@ def result(table: pd.DataFrame, name: str) -> str:
     groups = table[table["category"] == category].groupby("setting", sort=False)
     said = [_ends(rows, setting) for setting, rows in groups if len(rows) > 1]
     where = f"{METRIC_NAMES[metric]}, {NAMES[category]}"
-    return f"{where}: {'; '.join(said) or 'only one row is measured'}."
+    return f"{where[0].upper()}{where[1:]}: {'; '.join(said) or 'only one row is measured'}."
 
 
 def _beside_paper(cells: pd.DataFrame, method: str) -> str:
