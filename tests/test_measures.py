@@ -62,9 +62,10 @@ def test_what_is_missing_or_of_other_constants_is_measured_from_the_checkpoint(
     assert workspace.missing(wanted) == {}
     file.write_text(json.dumps(older | {"constants": {}}))
     checkpoint_file(RUN, places.results).unlink()
+    wanted[RUN].append("features")  # missing
     assert workspace.missing(wanted) == {}
     (line,) = workspace.remarks(wanted)
-    assert line.startswith("Records of density were made with other constants")
+    assert line.startswith("Records of density, features are missing or were made with other con")
     assert measured(RUN, "density", places.results) == older
 
 

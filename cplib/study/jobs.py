@@ -67,7 +67,7 @@ class Job:
         return self.images
 
     def _score(self, run: Run) -> None:
-        """Train or build the network if it is not there yet, then write the run's folder."""
+        """Write the run's folder; first train the network, load its checkpoint or build it."""
         train, test = self._load(run).values()
         found = None
         if self.net is None and run.needs_training:
@@ -275,6 +275,7 @@ def _line(error: Exception) -> str:
 def estimate(todo: Iterable[Run], done: pd.DataFrame, places: Places) -> pd.DataFrame:
     """What runs cost: a row a method with runs, images and hours of one device.
 
+    A training that several runs share counts once. Checkpoints are not deducted.
     The rate is the median of the ``done`` runs (see ``store.frame``) of this backbone, size of
     image and crop on that device; runs without one count no hours.
     """
@@ -282,15 +283,12 @@ def estimate(todo: Iterable[Run], done: pd.DataFrame, places: Places) -> pd.Data
     done = done[done["images_per_second"].notna() & (done["device"] == here)]
     kind = ["backbone", "size", "crop"]
     rates = done.groupby(kind)["images_per_second"].median()
-    rows = [
-        {
-            "method": run.method,
-            "runs": 1,
-            "images": run.images,
-            "hours": run.images / rates.get(attrgetter(*kind)(run), float("nan")) / 3600,
-        }
-        for run in todo
-    ]
+    rows, trainings = [], set()
+    for run in todo:
+        images = 0 if run.training_id in trainings else run.images
+        trainings.add(run.training_id)
+        hours = images / rates.get(attrgetter(*kind)(run), float("nan")) / 3600
+        rows.append({"method": run.method, "runs": 1, "images": images, "hours": hours})
     table = pd.DataFrame(rows, columns=["method", "runs", "images", "hours"])
     return table.groupby("method", sort=False).sum(min_count=1)
 

@@ -1,18 +1,18 @@
 """What is measured on a network: scores, and records beside them, ``<name>.json``.
 
-Each measure is a function ``(run, net, train, test) -> dict``, executed where the network was
-trained. Its keyword arguments are the constants that it is made with. The record carries them, so
-that a changed constant is measured anew.
+Each measure is a function ``(run, net, train, test) -> dict``. The job that trains the network, or
+loads its checkpoint, executes it. Its keyword arguments are the constants that it is made with. The
+record carries them, so that a changed constant is measured anew.
 """
 
 import json
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 from sklearn.mixture import GaussianMixture
 
-from cplib import datasets
 from cplib.augment import pasted_copies
 from cplib.datasets import Images
 from cplib.density import Gaussian, held_out, l2_normalise
@@ -179,15 +179,16 @@ def lacking(run: Run, names: list[str], places: Places) -> list[str]:
     return [name for name in names if _state(run, name, places) != "today's"]
 
 
-def out_of_date(run: Run, names: list[str], places: Places) -> list[str]:
-    """Those of the records of a finished run that are out of date and cannot be made again."""
-    old = [name for name in names if _state(run, name, places) == "out of date"]
-    return [] if old and _measurable(run, places) else old
+def out_of_reach(run: Run, names: list[str], places: Places) -> list[str]:
+    """Those of the measures of a finished run that are missing or old and cannot be made."""
+    if not names or not places.data or _measurable(run, places):
+        return []
+    return [name for name in names if _state(run, name, places) != "today's"]
 
 
 def _measurable(run: Run, places: Places) -> bool:
     """Whether the images and the network are here."""
-    if not places.data or run.category not in datasets.categories(places.data):
+    if not places.data or not (Path(places.data) / run.category).is_dir():
         return False
     return not run.needs_training or store.checkpoint_file(run, places.results).exists()
 

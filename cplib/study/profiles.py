@@ -19,13 +19,13 @@ class Profile:
     about: str  # what is measured, in words for a title
     dataset: str
     small: bool = False  # a notebook may execute what it finds missing: minutes on any machine
-    seeds: int  # of cutpaste_3way, the method that the ensemble is made of
-    other_seeds: int  # of every other method
+    seeds: int  # of cutpaste_3way in Table 1: the ensemble is made of them
+    other_seeds: int  # of every other method, of the patch model and of Table 3
     categories: tuple[str, ...] = ()  # empty: the data set's
     ablation: tuple[str, ...] = ()  # categories of Tables 3 to 6; empty: all
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
     patch: dict = field(default_factory=dict)  # what the patch model changes of ``protocol``
-    finetune: dict = field(default_factory=dict)  # Table 3's, in place of ``protocol``
+    finetune: dict = field(default_factory=dict)  # Table 3's; ``protocol`` is not part of it
     pretrained_backbone: str = "resnet18"
     sensitivity: dict = field(default_factory=dict)  # Tables 7 and 8, and the unstated choices
     anomalies: int = 40  # images painted of each kind in Table 6, at least

@@ -98,9 +98,9 @@ def write(
 ) -> Path:
     """Write a run's folder: run.json, metrics.json, history.csv, scores.csv.
 
-    ``scores`` are (N, P), an image's that of its worst window; windows' are kept, too, in
-    ``windows.safetensors``, which is not committed. The folder replaces one that was measured on
-    other images.
+    ``scores`` are (N, P): an image's score is the highest of its P windows'. The windows' scores
+    are kept in ``windows.safetensors``, which is not committed. The folder replaces one that was
+    measured on other images.
     """
     folder = run_folder(run, results)
     with atomic(folder, folder=True) as part:

@@ -18,9 +18,9 @@ from cplib.study.store import PEAK
 from cplib.study.synthetic import SIDE
 from cplib.study.workspace import Planned, Workspace
 
-CUTOUTS = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
-BINARY = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
-PASTED = ("cutout", METHOD)  # Table 6
+TABLE4 = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
+TABLE5 = ("cutpaste", "cutpaste_scar", "cutpaste_union", METHOD)
+TABLE6 = ("cutout", METHOD)
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 RELATIVE = ("learning_rate", "updates")  # values are multiples of the protocol's own
 SCORES = "scores"  # the measure that every run has
@@ -61,12 +61,16 @@ class Table:
     note: str = ""
 
 
-quoted, patch, tuned, images = (
-    partial(Row, quoted=True),
-    partial(Row, protocol="patch"),
-    partial(Row, protocol="finetune"),
-    lambda *methods, **fields: tuple(Row(method, **fields) for method in methods),
-)
+quoted = partial(Row, quoted=True)
+patch = partial(Row, protocol="patch")
+tuned = partial(Row, protocol="finetune")
+
+
+def image_rows(*methods: str, **fields) -> tuple[Row, ...]:
+    """A row for each method, of image-level runs."""
+    return tuple(Row(method, **fields) for method in methods)
+
+
 ONE = {"changes": {"gaussians": "shared"}, "categories": ALIGNED}  # one Gaussian for all places
 TABLES = {
     "table1_image_level": Table(
@@ -75,7 +79,7 @@ TABLES = {
             quoted("docc", "DOCC (quoted)"),
             quoted("u_student", "U-Student (quoted)"),
             quoted("p_svdd", "P-SVDD (quoted)"),
-            *images(*BASELINES, *TABLE1),
+            *image_rows(*BASELINES, *TABLE1),
             Row("ensemble", "Ensemble", method=METHOD, measure="ensemble"),
         ),
         metrics=IMAGE_METRICS,
@@ -109,14 +113,14 @@ TABLES = {
         categories="ablation",
     ),
     "table4_cutout_variants": Table(
-        notebook="06", rows=images(*BASELINES, *CUTOUTS), categories="ablation"
+        notebook="06", rows=image_rows(*BASELINES, *TABLE4), categories="ablation"
     ),
     "table5_binary_vs_3way": Table(
-        notebook="07", rows=images(*BASELINES, *BINARY), categories="ablation"
+        notebook="07", rows=image_rows(*BASELINES, *TABLE5), categories="ablation"
     ),
     "table6_synthetic_anomalies": Table(
         notebook="08",
-        rows=images(*BASELINES, *PASTED, measure="synthetic-{anomalies}"),
+        rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
         categories="ablation",
         note=f"Painted on the normal test images, {SIDE[0]:.0%} to {SIDE[1]:.0%} of a side.",
     ),
@@ -130,12 +134,16 @@ TABLES = {
         notebook="09", axes=("head", "translate", "jitter"), categories="open_categories"
     ),
 }
-# What is measured beside the tables; notebooks show it.
+# Measured for notebooks, without a table: ``records``, ``curves`` and ``values`` read it.
 FIGURES = {
-    "curves": Table(notebook="09", rows=images(METHOD)),
-    "density": Table(notebook="09", rows=images(METHOD, measure="density")),
-    "features": Table(notebook="10", rows=images(*BASELINES, METHOD, measure="features", seeds=1)),
-    "gradcam_copies": Table(notebook="04", rows=images(METHOD, measure="gradcam_copies", seeds=1)),
+    "curves": Table(notebook="09", rows=image_rows(METHOD)),
+    "density": Table(notebook="09", rows=image_rows(METHOD, measure="density")),
+    "features": Table(
+        notebook="10", rows=image_rows(*BASELINES, METHOD, measure="features", seeds=1)
+    ),
+    "gradcam_copies": Table(
+        notebook="04", rows=image_rows(METHOD, measure="gradcam_copies", seeds=1)
+    ),
 }
 ALL = TABLES | FIGURES
 
@@ -183,8 +191,8 @@ def _text(value: float | tuple) -> str:
 def plan(workspace: Workspace, name: str) -> list[tuple[Row, Run]]:
     """A table's runs, each with its row: where profile, row, category and seed come together.
 
-    Runs of further seeds stand in it, too, where they are stored. In Tables 7 and 8 that is so
-    only for the seeds that a changed setting has: the run that changes nothing is Table 1's.
+    Runs of further seeds stand in it, too, where they are stored. In Tables 7 and 8 every row has
+    as many seeds as the changed rows; of the unchanged one, Table 1's run, more may be stored.
     """
     profile, table = workspace.profile, ALL[name]
     there, wanted = store.stored(workspace.results), categories(workspace, table.categories)
@@ -239,9 +247,9 @@ def planned(workspace: Workspace, *names: str) -> Planned:
 
 
 def measure(workspace: Workspace, name: str) -> pd.DataFrame:
-    """The values of a table; in a small profile what is missing is executed first.
+    """Execute what is missing of a table (small profiles alone), then return its ``values``.
 
-    Elsewhere a line says how many runs are missing and which command trains them.
+    In other profiles a line says how many runs are missing and which command trains them.
     """
     workspace.complete(planned(workspace, name), ALL[name].notebook)
     return values(workspace, name)

@@ -7,7 +7,7 @@ from cplib import datasets
 from cplib.run import Run
 from cplib.study import store
 from cplib.study.jobs import Outcome, Planned, execute_all
-from cplib.study.measures import lacking, out_of_date
+from cplib.study.measures import lacking, out_of_reach
 from cplib.study.paper import in_order
 from cplib.study.profiles import Profile
 from cplib.study.store import Places
@@ -55,7 +55,8 @@ class Workspace:
     def missing(self, planned: Planned) -> Planned:
         """What is to be executed of it, for these categories and seeds.
 
-        That is a run that is not finished, and a measure that is missing beside a finished one.
+        That is a run that is not finished, and a measure that is missing beside a finished one
+        whose images and network are here.
         """
         stock, found = store.stock(planned, self.places), {}
         for run, names in planned.items():
@@ -81,13 +82,12 @@ class Workspace:
                 f"on {devices}) and replaces them. To keep both, set CPLIB_RESULTS to another "
                 "folder."
             )
-        old = [
-            name for run in stock.finished for name in out_of_date(run, planned[run], self.places)
-        ]
-        if old:
+        left = [out_of_reach(run, planned[run], self.places) for run in stock.finished]
+        if names := sorted({name for part in left for name in part}):
             lines.append(
-                f"Records of {', '.join(old)} were made with other constants than today's. Their "
-                "networks are not here, so they stay."
+                f"Records of {', '.join(names)} are missing or were made with other constants, and "
+                f"the networks of these {sum(map(bool, left))} runs are not here. Such a run is "
+                "trained and measured anew once its folder is removed."
             )
         return lines
 
