@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from math import erf
 
 import numba
@@ -16,6 +17,7 @@ from cplib.run import Run
 from cplib.score import Scorer
 from cplib.study.features import GROUPS, features, image_groups, project, separability, table
 
+apart = partial(separability, folds=5, neighbours=5)
 RUN = Run(method="untrained", category="sieve", dataset="demo", size=64, updates=0)
 
 
@@ -44,18 +46,15 @@ def cloud(n, shift=0.0, dims=2, seed=0):
 
 
 def test_groups_far_apart_are_told_apart_and_do_not_mix():
-    numbers = separability(cloud(40), cloud(30, shift=20, seed=1))
+    numbers = apart(cloud(40), cloud(30, shift=20, seed=1))
     assert (numbers["classifier_auroc"], numbers["mixing"]) == (100, 0)
     assert numbers["silhouette"] > 0.8
-    assert set(separability(cloud(1), cloud(9)).values()) == {None}
+    assert set(apart(cloud(1), cloud(9)).values()) == {None}
 
 
 @pytest.mark.parametrize("sizes", [(40, 40), (60, 15)])
 def test_groups_of_one_distribution_are_at_chance_whatever_their_sizes(sizes):
-    draws = [
-        separability(cloud(sizes[0], seed=2 * i), cloud(sizes[1], seed=2 * i + 1))
-        for i in range(30)
-    ]
+    draws = [apart(cloud(sizes[0], seed=2 * i), cloud(sizes[1], seed=2 * i + 1)) for i in range(30)]
     for name, expected in {"classifier_auroc": 50, "mixing": 100, "silhouette": 0}.items():
         values = np.array([d[name] for d in draws])
         assert abs(values.mean() - expected) < 3.5 * values.std() / np.sqrt(len(values)) + 0.02
@@ -63,7 +62,7 @@ def test_groups_of_one_distribution_are_at_chance_whatever_their_sizes(sizes):
 
 def test_the_classifier_reaches_the_auroc_of_two_gaussians():
     best = 50 * (1 + erf(1 / 2))  # of unit normals one apart: Phi(1 / sqrt 2)
-    ours = separability(cloud(1000), cloud(1000, 1, seed=1))["classifier_auroc"]
+    ours = apart(cloud(1000), cloud(1000, 1, seed=1))["classifier_auroc"]
     assert ours == pytest.approx(best, abs=3)
 
 
@@ -76,7 +75,7 @@ def test_mixing_equals_a_count_by_hand():
         shares += [y[j] != y[i] for _, j in others[:5]]
         chances += [y[j] != y[i] for _, j in others]
     expected = 100 * np.mean(shares) / np.mean(chances)
-    assert separability(a, b)["mixing"] == pytest.approx(expected)
+    assert apart(a, b)["mixing"] == pytest.approx(expected)
 
 
 # The record

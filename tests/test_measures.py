@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -67,6 +68,34 @@ def test_what_is_missing_or_of_other_constants_is_measured_from_the_checkpoint(
     (line,) = workspace.remarks(wanted)
     assert line.startswith("Records of density, features are missing or were made with other con")
     assert measured(RUN, "density", places.results) == older
+
+
+def test_a_finished_run_is_measured_and_its_twin_scored_in_one_job(places, monkeypatch):
+    twin = replace(RUN, window=32, stride=16)
+    alone = places._replace(results=places.results / "alone")
+    execute_all([RUN, twin], alone)
+    for first in (RUN, UNTRAINED):
+        second = replace(first, window=32, stride=16)
+        execute_all([first], places)
+        monkeypatch.setattr(train, "step", lambda *_: pytest.fail("trained again"))
+        outcomes = execute_all({first: ["density"], second: []}, places)
+        assert [o.state for o in outcomes] == ["done", "done"]
+    ours, theirs = (run_folder(twin, p.results) / "scores.csv" for p in (places, alone))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_measure_that_fails_is_named_and_the_others_are_made(places):
+    (outcome,) = execute_all({UNTRAINED: ["level7", "density"]}, places)
+    assert outcome.state == "failed" and "only an EfficientNet" in outcome.message
+    assert measured(UNTRAINED, "density", places.results)
+
+
+def test_a_checkpoint_of_another_training_is_named(places):
+    execute_all([RUN], places)
+    history = run_folder(RUN, places.results) / "history.csv"
+    pd.read_csv(history).assign(loss=9.0).to_csv(history, index=False)
+    (outcome,) = execute_all({RUN: ["density"]}, places)
+    assert outcome.state == "failed" and "of another training" in outcome.message
 
 
 @pytest.mark.parametrize("content", ["", "[1]"])

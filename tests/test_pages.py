@@ -71,6 +71,8 @@ def test_the_overview_has_findings_first_then_each_notebooks_tables_and_figures(
     (results / "empty").mkdir()
     write_pages(results / "empty")
     assert "Nothing is measured yet." in (results / "empty" / "README.md").read_text()
+    results.rename(results.with_name("quick-own"))  # a data set of unknown categories
+    assert "Protocol" not in write_pages(results.with_name("quick-own")).read_text()
 
 
 def test_every_notebook_has_a_page_that_opens_without_a_network(results):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 from cplib.settings import setting
@@ -19,8 +20,9 @@ DRIVE = ROOT.parent / "drive"  # /content/drive: as in the first cell, and Colab
 
 def start(keep: bool) -> None:
     """Make a notebook run here: install packages, take one category, use Drive if asked to."""
-    # pip installs what is missing. It leaves torch, and each package that is new enough, as it is.
-    command = [sys.executable, "-m", "pip", "install", "-qq", "-e", str(ROOT)]
+    # pip installs what is missing. It leaves each package that is new enough as it is, and torch.
+    kept = [f"{name}=={version(name)}" for name in ("torch", "torchvision")]
+    command = [sys.executable, "-m", "pip", "install", "-qq", *kept, "-e", str(ROOT)]
     subprocess.run(command, check=True)
     importlib.invalidate_caches()
     os.chdir(ROOT / "notebooks")

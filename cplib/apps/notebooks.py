@@ -21,7 +21,7 @@ from cplib.apps.pages import write_pages
 from cplib.apps.workspace import ROOT
 from cplib.datasets import write_text
 from cplib.study.jobs import estimate, jobs_here
-from cplib.study.store import frame, read_record, write_json
+from cplib.study.store import frame, read_record, stock, write_json
 from cplib.study.tables import planned
 from cplib.study.workspace import UsageError, Workspace
 
@@ -58,7 +58,8 @@ def run_notebooks(workspace: Workspace, chosen: list[Path]) -> int:
         print(line, flush=True)
     todo = workspace.missing(runs)
     trains = any(path.name.startswith(TRAINING) for path in chosen)
-    cost = estimate(todo, frame(runs, workspace.places), workspace.places)
+    places = workspace.places
+    cost = estimate(stock(todo, places).todo, frame(runs, places), places)
     if trains and cost["images"].sum() > LONG:
         print(f"training at full length:\n{cost.round(1).to_string()}\n", flush=True)
     if root and trains:
@@ -136,7 +137,7 @@ def execute(
         try:
             outcomes = thread.submit(loop.run_until_complete, task).result()
         except KeyboardInterrupt:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM):  # the command ends now
                 signal.signal(number, signal.SIG_IGN)  # a second one changes nothing
             loop.call_soon_threadsafe(task.cancel)
             raise

@@ -109,8 +109,8 @@ def _equation(match: re.Match) -> str:
 
 def overview(results: Path) -> str:
     """What CutPaste is, the findings and the protocol, then each notebook's tables and figures."""
-    workspace = workspace_of(results)
-    about = f"{workspace.profile.about} (`{results.name}`)" if workspace else results.name
+    workspace, profile = workspace_of(results), PROFILES.get(results.name.partition("-")[0])
+    about = f"{profile.about} (`{results.name}`)" if profile else results.name
     parts = [f"# CutPaste: {about}", WHAT]
     if (results / "figures" / SUMMARY).exists():
         parts.append(f"![Image AUROC in each category and on average](figures/{SUMMARY})")
@@ -137,9 +137,12 @@ def overview(results: Path) -> str:
 
 
 def workspace_of(results: Path) -> Workspace | None:
-    """The profile of a folder of results such as "quick" or "quick-visa", to be read alone."""
+    """The profile of a folder of results such as "quick" or "quick-demo", to be read alone.
+
+    None for a data set whose categories are not known without its images.
+    """
     name, _, dataset = results.name.partition("-")
-    if name not in PROFILES or dataset not in ("", *DATASETS):
+    if name not in PROFILES or (dataset and not DATASETS[dataset].categories):
         return None
     profile = PROFILES[name]
     if dataset:

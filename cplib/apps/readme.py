@@ -10,7 +10,7 @@ import pandas as pd
 
 from cplib.apps.workspace import ROOT
 from cplib.study.profiles import METHOD, PROFILES
-from cplib.study.report import markdown, read_table
+from cplib.study.report import markdown, number, read_table
 from cplib.study.store import read, run_folder
 
 TEMPLATE = ROOT / "docs" / "README.template.md"
@@ -106,10 +106,7 @@ def results() -> str:
     columns, found = [*measured(), "average_measured"], {}
     for label, (rows, method, mean, error) in shown.items():
         part = rows.loc[method].reindex(columns)
-        found[label] = [
-            f"{m:.1f}" + (f"\u00b1{e:.1f}" if pd.notna(e) else "")
-            for m, e in zip(part[mean], part[error], strict=True)
-        ]
+        found[label] = [number(m, e) for m, e in zip(part[mean], part[error], strict=True)]
     values = own()["image_auroc"].reindex(measured())
     values = [f"{value:.1f}" for value in (*values, values.mean())]
     found["not CutPaste: the detector for own photos"] = values
@@ -132,8 +129,8 @@ def notebooks(part: str) -> str:
     """A part's notebooks: what is in each, its executed copies, its minutes with the demo set."""
     taken = json.loads((ROOT / "results" / "demo" / "minutes.json").read_text(encoding="utf-8"))
     rows = {}
-    for number in PARTS[part].split():
-        (path,) = ROOT.glob(f"notebooks/{number}_*.ipynb")
+    for digits in PARTS[part].split():
+        (path,) = ROOT.glob(f"notebooks/{digits}_*.ipynb")
         first = nbformat.read(path, 4).cells[0].source
         title, expect = first.splitlines()[0].lstrip("# "), first.partition("*Expect*: ")[2]
         copies = {"demo set": "demo", "MVTec AD": "quick"}

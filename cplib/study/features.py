@@ -119,7 +119,7 @@ def project(
 
 
 def separability(
-    a: np.ndarray, b: np.ndarray, folds: int = 5, neighbours: int = 5
+    a: np.ndarray, b: np.ndarray, folds: int, neighbours: int
 ) -> dict[str, float | None]:
     """How far two groups of features (N, D) lie apart; None where one has fewer than two.
 

@@ -56,8 +56,19 @@ class Job:
                 raise
         if measures and self.net is None:
             self.net = store.load_network(run, self.places)
-        for name in measures if self.net else ():
-            keep(name, run, self.net, self._load(run), self.places)
+        if measures and self.net is None:
+            file = checkpoint_file(run, self.places.results)
+            raise ValueError(f"{file} is not there, or of another training than the stored run")
+        errors = []
+        for name in measures:
+            if self.deadline is not None and time.time() > self.deadline:
+                raise OutOfTime(f"{run.id}: {name} is not measured yet")
+            try:
+                keep(name, run, self.net, self._load(run), self.places)
+            except Exception as error:  # the others are measured all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _load(self, run: Run) -> dict[str, datasets.Images]:
         if not self.images:
@@ -70,7 +81,7 @@ class Job:
         """Write the run's folder; first train the network, load its checkpoint or build it."""
         train, test = self._load(run).values()
         found = None
-        if self.net is None and run.needs_training:
+        if not self.about and run.needs_training:
             checkpoint = checkpoint_file(run, self.places.results)
             options = {"checkpoint": checkpoint, "deadline": self.deadline}
             options["weights"] = self.places.weights
@@ -79,7 +90,7 @@ class Job:
                     found = scores(run, net, train, test)
                     history[-1] |= {k: v for k, v in found[1].items() if k.endswith("auroc")}
             self.net, self.history, self.about = net, history, read_checkpoint(checkpoint)[0]
-        elif self.net is None:
+        elif not self.about:
             device = torch.device(self.places.device)
             self.net = build(run, self.places.weights).to(device).eval()
             self.about = {"device_name": device_name(device), "precision": "fp32"}
@@ -99,14 +110,14 @@ def using_threads(threads: int):
         torch.set_num_threads(before)
 
 
-def execute(run: Run, places: Places, *, threads: int = 1, deadline: float | None = None) -> Path:
+def execute(run: Run, places: Places, *, threads: int = 1) -> Path:
     """Train, score and record one run; returns its folder. One that is there already is kept.
 
     On a CPU the scores depend on nothing but the run, the data and the number of ``threads``.
     Raises what ``Job.execute`` raises.
     """
     with using_threads(threads):
-        Job(places, deadline).execute(run)
+        Job(places).execute(run)
     return run_folder(run, places.results)
 
 
@@ -243,10 +254,16 @@ def _on_ray(jobs: list[Planned], options: dict) -> Iterator[list[Outcome]]:
         elsewhere = "its node wrote to a folder that is not this one"
         yield [
             Outcome(done.run, "failed", elsewhere)
-            if done.state == "done" and not run_folder(done.run, options["places"].results).exists()
+            if done.state == "done" and not written(done.run, job[done.run], options["places"])
             else done
             for done in outcomes
         ]
+
+
+def written(run: Run, measures: Iterable[str], places: Places) -> bool:
+    """Whether a run's folder is there, with the records of these measures."""
+    folder = run_folder(run, places.results)
+    return folder.exists() and all((folder / f"{name}.json").exists() for name in measures)
 
 
 def attempt(job: Planned, *, places: Places, deadline: float | None = None) -> list[Outcome]:

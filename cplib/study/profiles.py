@@ -58,13 +58,13 @@ class Profile:
         own = run.backbone if protocol == "finetune" else self.pretrained_backbone
         return replace(bare, init="imagenet", backbone=changes.get("backbone", own))
 
-    def runs(self, methods, categories, least: int = 0) -> list[Run]:
-        """The image-level runs of methods and categories, of ``least`` seeds or the profile's."""
+    def runs(self, methods, categories) -> list[Run]:
+        """The image-level runs of methods and categories."""
         return [
             self.run(method, category, seed)
             for category in categories
             for method in methods
-            for seed in range(self.seeds_of(method, "image", least))
+            for seed in range(self.seeds_of(method, "image"))
         ]
 
     def seeds_of(self, method: str, protocol: str, least: int = 0) -> int:
@@ -78,11 +78,13 @@ class Profile:
 
 
 def _profiles() -> dict[str, Profile]:
-    """The profiles by name; TypeError for an entry that ``Profile`` does not have."""
+    """The profiles by name; TypeError for an entry that ``Profile`` or its study does not have."""
     text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     entries = _tuples(tomllib.loads(text))
     defaults, found = entries.pop("defaults"), {}
     for name, own in entries.items():
+        if unknown := {*own.get("sensitivity", ())} - {*defaults["sensitivity"]}:
+            raise TypeError(f"profile {name}: unknown in its sensitivity: {', '.join(unknown)}")
         like = found[own.pop("like")] if "like" in own else defaults
         found[name] = like | own
         for part, values in defaults.items():

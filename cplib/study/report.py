@@ -107,7 +107,7 @@ def _over_sources(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[whole].groupby([*KEYS[:4], "seed"], as_index=False).mean(numeric_only=True)
 
 
-def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFrame:
+def with_averages(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells and the paper's averages of them: of means, and of standard errors (Table 1).
 
     An average stands only where every category under it does.
@@ -118,7 +118,9 @@ def with_averages(cells: pd.DataFrame, columns=("mean", "stderr")) -> pd.DataFra
         row = [*ROW, "metric"]
         whole = part.groupby(row).filter(lambda g, m=members: len(g) == len(m))
         if len(whole):
-            spec = dict.fromkeys(columns, lambda v: v.mean(skipna=False)) | {"seeds": "min"}
+            spec = dict.fromkeys(("mean", "stderr"), lambda v: v.mean(skipna=False)) | {
+                "seeds": "min"
+            }
             spec = {k: v for k, v in spec.items() if k in whole}
             rows.append(whole.groupby(row).agg(spec).reset_index())
             rows[-1]["category"] = name
@@ -198,12 +200,13 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
 
 
 def _cell(row) -> str:
-    ours = _number(row.mean, row.stderr)
-    theirs = _number(row.published_mean, row.published_stderr)
+    ours = number(row.mean, row.stderr)
+    theirs = number(row.published_mean, row.published_stderr)
     return f"{ours} ({theirs})" if ours and theirs else f"({theirs})" if theirs else ours
 
 
-def _number(mean, stderr) -> str:
+def number(mean: float, stderr: float) -> str:
+    """A mean and its standard error as the paper prints them, "" for nothing."""
     if pd.isna(mean):
         return ""
     return f"{mean:.1f}" if pd.isna(stderr) else f"{mean:.1f}±{stderr:.1f}"

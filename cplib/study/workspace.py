@@ -59,10 +59,11 @@ class Workspace:
         whose images and network are here.
         """
         stock, found = store.stock(planned, self.places), {}
+        todo = {*stock.todo}
         for run, names in planned.items():
             if run.category not in self.categories or (self.seeds and run.seed >= self.seeds):
                 continue
-            if run in stock.todo:
+            if run in todo:
                 found[run] = names
             elif run in stock.finished and (left := lacking(run, names, self.places)):
                 found[run] = left
@@ -108,5 +109,5 @@ class Workspace:
                 if outcome.state != "done":
                     print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
         elif todo:
-            print(f"{len(todo)} runs are missing. To train them:")
+            print(f"{len(todo)} runs, or measures of them, are missing. To execute them:")
             print(f"./run_all.sh --profile {self.profile.name} --data DIR --only 02,{notebook}")

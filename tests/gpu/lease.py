@@ -52,6 +52,8 @@ def checks(pixels: torch.Tensor, device: str) -> None:
     here, there = build(run), build(run).to(device)
     gap = (embed(here, pixels[:8]) - embed(there, pixels[:8])).abs().max().item()
     print(f"features, device against CPU: largest difference {gap:.2e}", flush=True)
+    if gap > 0.01:
+        raise ValueError("the device's features are not the CPU's")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "checkpoint.safetensors"
         whole = train.fit(run, pixels, device)[0]
@@ -61,6 +63,8 @@ def checks(pixels: torch.Tensor, device: str) -> None:
     states = (net.state_dict().values() for net in (whole, resumed))
     gaps = [(a.float() - b.float()).abs().max().item() for a, b in zip(*states, strict=True)]
     print(f"a training that stopped and resumed: largest difference {max(gaps)}", flush=True)
+    if max(gaps) > (0 if device == "cpu" else 0.1):
+        raise ValueError("a training that resumes is not the one that never stopped")
 
 
 def seconds(run: Run, pixels: torch.Tensor, device: torch.device) -> float:
