@@ -60,7 +60,7 @@ def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
     results = ROOT / "results" / name
     text = (results / "README.md").read_text(encoding="utf-8")
     assert text.endswith(pages.overview(results))
-    broken = [x for x in re.findall(r"\]\(([^):]+)\)", text) if not (results / x).exists()]
+    broken = [x for x in re.findall(r"\]\(([^):#]+)[)#]", text) if not (results / x).exists()]
     assert not broken
 
 

@@ -87,7 +87,7 @@ def test_ctrl_c_ends_the_training_and_keeps_the_finished_runs(demo_root, tmp_pat
     stop(options, signal.SIGINT, lambda: len(finished()) >= 2, tmp_path / "log")
     notebooks = tmp_path / "smoke" / "notebooks"
     assert list(notebooks.glob("*.ipynb")) == []
-    before = {path: path.stat().st_mtime_ns for path in finished()}
+    before = {path / "run.json": (path / "run.json").stat().st_mtime_ns for path in finished()}
     again = command(*arguments, "--only", "02", "--budget", "1s", results=tmp_path, jobs=1)
     assert subprocess.run(**again, stdout=subprocess.DEVNULL, check=False).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
