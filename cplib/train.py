@@ -223,7 +223,7 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
     if head_only:
         net.encoder.eval()
     with torch.no_grad():
-        images, labels = draw(run, pixels, generator, crop_side(run, update))
+        images, labels = batch(run, pixels, generator, crop_side(run, update))
     images = images.contiguous(memory_format=torch.channels_last)
     dtype = DTYPES[precision(run, device)]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -243,34 +243,34 @@ def crop_side(run: Run, update: int) -> int:
     return run.crop if update < run.total_updates - round(run.whole * run.updates) else 0
 
 
-def draw(
-    run: Run, pixels: torch.Tensor, generator, crop: int = 0
+def batch(
+    run: Run, pixels: torch.Tensor, generator: torch.Generator, crop: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of the pretext task: images (K * B, 3, H, W) in [0, 1], and their classes (K * B,).
 
     B normal images are drawn from ``pixels``, uint8 (N, 3, H, W); with replacement only if N is too
     small. They are shifted and jittered, then each of K augmentations is applied. With ``crop``, a
-    side in pixels, a crop of each image is used instead of the image (eq. 3).
+    side in pixels, a crop of each image is used instead of the image (eq. 3). The generator is
+    called once.
     """
-    n, device = len(pixels), pixels.device
-    if n >= run.sources:
-        index = torch.randperm(n, generator=generator, device=device)[: run.sources]
-    else:
-        index = torch.randint(n, (run.sources,), generator=generator, device=device)
-    x = augment.translate(pixels[index], generator, share=run.translate)
-    if crop:
-        x = augment.crop(x, generator, side=crop)
-    x = x.float() / 255
-    x = augment.jitter(x, generator, strength=run.jitter)
-    return augment.pretext_batch(x, run.method, generator, augmentation_kwargs(run))
+    n, b, device = len(pixels), run.sources, pixels.device
+    parts = [augment.shift_and_crop.draws, augment.jitter.draws, augment.draws_of(run.method)]
+    u = torch.rand(max(n, b) + b * sum(parts), generator=generator, device=device)
+    chosen, u = u.split([max(n, b), b * sum(parts)])
+    index = chosen.argsort()[:b] if n >= b else (chosen[:b] * n).long()
+    place, colours, damage = u.view(b, -1).split(parts, 1)
+    x = augment.shift_and_crop(pixels[index], place, share=run.translate, side=crop)
+    x = augment.jitter(x.float() / 255, colours, strength=run.jitter)
+    return augment.pretext_batch(x, damage, run.method, augmentation_kwargs(run))
 
 
 def provenance(run: Run, pixels: torch.Tensor, device: str | torch.device) -> dict[str, str]:
-    """What a checkpoint says about itself: the training, its images, device and precision."""
+    """What a checkpoint says about itself: training, images, device, precision, version of draws."""
     return {
         "run": run.training_id,
         "data": pixels_digest(pixels)[:16],
         "device": torch.device(device).type,
         "device_name": device_name(torch.device(device)),
         "precision": precision(run, device),
+        "draws": str(augment.DRAWS_VERSION),
     }
