@@ -51,7 +51,7 @@ CANDIDATES = {
 def pretext_accuracy(run: Run, net: PretextNet, held: Tensor, crop: int) -> float:
     """Percent of right answers to the pretext task, on one batch of all images."""
     every = replace(run, sources=len(held))
-    images, labels = train.draw(every, held, torch.Generator().manual_seed(0), crop)
+    images, labels = train.batch(every, held, torch.Generator().manual_seed(0), crop)
     answers = torch.cat([net(x).argmax(1) for x in images.split(32)])
     return 100 * (answers == labels).float().mean().item()
 

@@ -131,7 +131,7 @@ def throughput(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     """Images a second of both loops, the peak memory of ours, the time to draw a batch."""
     ours, theirs, draws, each = [], [], [], args.seconds / 2 / args.repeats
     rest = torch.Generator(args.device).manual_seed(0)
-    draw = torch.no_grad()(partial(train.draw, run, pixels.to(args.device), rest))
+    draw = torch.no_grad()(partial(train.batch, run, pixels.to(args.device), rest))
     for turn in range(args.repeats):
         ours.append(step_seconds(product(run, pixels, args.device), each))
         if turn == 0:

@@ -285,9 +285,7 @@ def jitter(
     if not any(strength):
         return x
     change = (2 * u - 1).to(x.dtype).view(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
-    brightness, contrast, saturation, hue = (
-        s * c for s, c in zip(strength, change, strict=True)
-    )
+    brightness, contrast, saturation, hue = (s * c for s, c in zip(strength, change, strict=True))
     x = (x * (1 + brightness)).clamp(0, 1)
     x = torch.lerp(_mean(_grey(x), weight), x, 1 + contrast).clamp(0, 1)
     x = torch.lerp(_grey(x), x, 1 + saturation).clamp(0, 1)

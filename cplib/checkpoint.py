@@ -42,9 +42,10 @@ def network_state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def usable(path, about, total, precisions) -> tuple[dict[str, str], dict[str, torch.Tensor]] | None:
     """What ``read_checkpoint`` returns, or None if training has to start from the beginning.
 
-    It starts from the beginning if the checkpoint is damaged (it is renamed), or was made from
-    other images. The same holds for another device, or a precision that is not in ``precisions``,
-    unless all ``total`` updates were done. A line is printed. ``about`` describes the new training.
+    It starts from the beginning if the checkpoint is damaged (it is renamed), was made from other
+    images, or with another version of the random draws. The same holds for another device, or a
+    precision that is not in ``precisions``, unless all ``total`` updates were done. A line is
+    printed. ``about`` describes the new training.
     Raises ValueError for the checkpoint of another run.
     """
     if path is None or not Path(path).exists():
@@ -59,9 +60,11 @@ def usable(path, about, total, precisions) -> tuple[dict[str, str], dict[str, to
     if meta["run"] != about["run"]:
         raise ValueError(f"{path}: is a checkpoint of {meta['run']}, not of {about['run']}")
     finished, kept = int(meta["update"]) == total, meta["precision"]
-    for name in ("data",) if finished else ("data", "device"):
-        if meta[name] != about[name]:  # the same random numbers would not follow
-            print(f"{path}: of another {name} ({meta[name]}); training starts afresh")
+    meta.setdefault("draws", "1")
+    for name in ("data", "draws") if finished else ("data", "draws", "device"):
+        if meta[name] != about[name]:  # the same batches would not follow
+            words = {"draws": "version of random draws"}.get(name, name)
+            print(f"{path}: of another {words} ({meta[name]}); training starts afresh")
             return None
     if not finished and kept not in precisions:
         line = f"{path}: of another precision ({kept}); training starts afresh"

@@ -181,9 +181,12 @@ def _load_imagenet(encoder: nn.Module, backbone: str, folder: str | Path | None)
         raise ValueError(f"{path}: {reason}") from None
 
 
-def full_precision():
-    """A context or decorator that turns TF32 off: a GPU would round features in it."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+def full_precision(benchmark: bool = False):
+    """A context or decorator that turns TF32 off: a GPU would round convolutions in it.
+
+    With ``benchmark``, cuDNN tries its ways to convolve and takes the fastest.
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False)
 
 
 @torch.inference_mode()

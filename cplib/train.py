@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from cplib import augment
 from cplib.checkpoint import resume, save, usable
 from cplib.datasets import pixels_digest
-from cplib.model import PretextNet, build
+from cplib.model import PretextNet, build, full_precision
 from cplib.run import PRECISIONS, Run
 from cplib.settings import setting
 
 HISTORY_ROWS = 100  # at most
+STOCHASTIC = ("efficientnet_b4",)  # backbones that draw, too: they drop layers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # units of processors; the last is ARM's
 
@@ -51,7 +52,7 @@ def precisions(run: Run, device: str | torch.device) -> list[str]:
 def computes_in(name: str, device: str | torch.device) -> bool:
     """Whether the hardware multiplies in a precision. Every device does so in fp32.
 
-    Every GPU with tensor cores does so in fp16, even if it has no bf16 (T4, V100).
+    Every GPU with tensor cores does so in fp16, even if it has no bf16 (T4).
     """
     if name == "fp32":
         return True
@@ -111,6 +112,8 @@ def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
     """The run's optimiser of all parameters that are not frozen: SGD (A.1) or AdamW."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     rates = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
+    # Fused: one launch, and GradScaler does not wait for the device.
+    rates["fused"] = parameters[0].is_cuda or None
     if run.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **rates)
     return torch.optim.SGD(parameters, momentum=run.momentum, **rates)
@@ -181,7 +184,10 @@ def fit(run: Run, pixels: torch.Tensor, *args, **options) -> tuple[PretextNet, p
 
 @contextlib.contextmanager
 def _seeded(run: Run, update: int, device: torch.device):
-    """Seed torch's global state for one update, and restore it: EfficientNet-B4 drops layers."""
+    """Seed torch's global state for one update, and restore it, if the network draws, too."""
+    if run.backbone not in STOCHASTIC:
+        yield
+        return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seed = (run.stream << 32) + update
         torch.default_generator.manual_seed(seed)  # torch.manual_seed: every GPU's, too
@@ -226,13 +232,14 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
         images, labels = batch(run, pixels, generator, crop_side(run, update))
     images = images.contiguous(memory_format=torch.channels_last)
     dtype = DTYPES[precision(run, device)]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        with torch.set_grad_enabled(not head_only):
-            features = net.features(images)
-        logits = net.head(features)
-    loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    with full_precision(benchmark=True):  # fp32 is not TF32
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.set_grad_enabled(not head_only):
+                features = net.features(images)
+            logits = net.head(features)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
@@ -265,7 +272,7 @@ def batch(
 
 
 def provenance(run: Run, pixels: torch.Tensor, device: str | torch.device) -> dict[str, str]:
-    """What a checkpoint says about itself: training, images, device, precision, version of draws."""
+    """What a checkpoint says of its training: run, images, device, precision, version of draws."""
     return {
         "run": run.training_id,
         "data": pixels_digest(pixels)[:16],

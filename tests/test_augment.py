@@ -6,7 +6,6 @@ it came from.
 
 import colorsys
 import functools
-import itertools
 import math
 from functools import partial
 
@@ -22,18 +21,18 @@ from cplib import augment
 from cplib.augment import (
     METHODS,
     confetti,
-    crop,
+    count,
     cutout,
     cutpaste,
     cutpaste_scar,
     cutpaste_union,
+    example_batch,
     jitter,
     pasted_copies,
-    pretext_batch,
     rotate,
     scar,
+    shift_and_crop,
     shift_hue,
-    translate,
 )
 from cplib.run import Run
 from cplib.train import augmentation_kwargs
@@ -44,6 +43,11 @@ DRAWS = 600
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def made_by(make, x, seed=0, **options):
+    """What an augmentation makes of images with the draws of a seed."""
+    return make(x, torch.rand(len(x), count(make), generator=generator(seed)), **options)
 
 
 def random_images(n=4, h=16, w=16, seed=0):
@@ -69,7 +73,7 @@ def extent(used):
 def pasted(h, w):
     """CutPaste on images of coordinates: the result and where it differs, without jitter."""
     x = coordinates(DRAWS, h, w)
-    made = cutpaste(x, generator(), jitter=0.0)
+    made = made_by(cutpaste, x, jitter=0.0)
     changed = (made != x).any(1)
     kept = changed.any((1, 2))  # a patch that lands where it was cut leaves no trace
     assert kept.sum() > 0.98 * DRAWS
@@ -87,7 +91,7 @@ def rectangles(h, w):
 def scars(h, w, **options):
     """Each scar of a large batch as (rows and columns pasted to, rows and columns cut from)."""
     x = coordinates(DRAWS, h, w)
-    made = cutpaste_scar(x, generator(), jitter=0.0, **options)
+    made = made_by(cutpaste_scar, x, jitter=0.0, **options)
     changed = (made != x).any(1)
     found = []
     for image, where in zip(made, changed, strict=True):
@@ -130,7 +134,7 @@ def test_patches_have_the_areas_and_aspects_of_the_paper(h, w):
 @settings(deadline=None, max_examples=20)
 def test_a_patch_covers_its_share_at_any_size(h, w, seed):
     x = coordinates(64, h, w)
-    share = (cutpaste(x, generator(seed), jitter=0.0) != x).any(1).flatten(1).float().mean(1)
+    share = (made_by(cutpaste, x, seed, jitter=0.0) != x).any(1).flatten(1).float().mean(1)
     assert (share > 0).sum() > 32
     assert 0.02 - 1e-6 <= share[share > 0].min() <= share.max() <= 0.15 + 1e-6
 
@@ -146,7 +150,7 @@ def test_tall_and_wide_patches_of_all_aspects_are_drawn_equally_often():
 def test_aspects_above_one_are_uniform_and_not_their_logarithms():
     x = coordinates(DRAWS, 96, 96)
     options = {"area": (0.1, 0.12), "aspect": (1.0, 3.3)}
-    changed = (cutpaste(x, generator(), jitter=0.0, **options) != x).any(1)
+    changed = (made_by(cutpaste, x, jitter=0.0, **options) != x).any(1)
     ratio = changed.any(2).sum(1) / changed.any(1).sum(1)
     assert ratio[ratio > 1.1].mean().item() == pytest.approx((1.1 + 3.3) / 2, abs=0.15)
 
@@ -179,12 +183,12 @@ def test_a_patch_is_a_rectangle_of_the_same_image(h, w):
 def test_a_patch_never_comes_from_another_image():
     x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 32, 32) / 8
     for make in (cutpaste, cutpaste_scar):
-        assert torch.equal(make(x, generator(), jitter=0.0), x)
+        assert torch.equal(made_by(make, x, jitter=0.0), x)
 
 
 def test_a_patch_of_exactly_the_largest_area_is_pasted_whole():
     x = coordinates(400, 9, 20)
-    changed = (cutpaste(x, generator(), area=(0.15, 0.15), jitter=0.0) != x).any(1)
+    changed = (made_by(cutpaste, x, area=(0.15, 0.15), jitter=0.0) != x).any(1)
     boxes = changed.any(2).sum(1) * changed.any(1).sum(1)
     assert torch.equal(changed.sum((1, 2)), boxes)
     assert boxes.max() == 27  # 0.15 * 180 is 26.999...
@@ -193,7 +197,7 @@ def test_a_patch_of_exactly_the_largest_area_is_pasted_whole():
 @pytest.mark.parametrize(("make", "lost"), [(cutpaste, 0), (cutpaste_scar, 0.02)])
 def test_jitter_changes_the_pasted_pixels_and_no_other(make, lost):
     x = random_images(32, 48, 80)
-    plain, coloured = make(x, generator(), jitter=0.0), make(x, generator(), jitter=0.3)
+    plain, coloured = made_by(make, x, jitter=0.0), made_by(make, x, jitter=0.3)
     inside, changed = (plain != x).any(1), (coloured != x).any(1)
     assert (inside & (coloured == plain).all(1)).sum() < 0.02 * inside.sum()
     # A scar may cross the place it was cut from and, without jitter, leave no trace there.
@@ -203,7 +207,7 @@ def test_jitter_changes_the_pasted_pixels_and_no_other(make, lost):
 def test_a_pasted_patch_is_the_source_under_one_change_of_colours():
     x = torch.full((64, 3, 48, 48), 0.5)
     x[:, 0] = 0.6
-    made = cutpaste(x, generator(), jitter=0.2)
+    made = made_by(cutpaste, x, jitter=0.2)
     for image, where in zip(made, (made != x).any(1), strict=True):
         assert (image[:, where].amax(1) - image[:, where].amin(1)).max() < 1e-6
 
@@ -223,7 +227,7 @@ def test_a_scar_comes_from_one_upright_rectangle_of_2_to_16_by_10_to_25_pixels(h
 @pytest.mark.parametrize(("width", "length"), [(16, 10), (8, 25)])
 def test_no_scar_is_clipped_at_the_edge(make, width, length):
     x = random_images(DRAWS, 36, 30)
-    made = make(x, generator(), width=(width, width), length=(length, length))
+    made = made_by(make, x, width=(width, width), length=(length, length))
     counts = (made != x).any(1).sum((1, 2)) / (width * length)
     assert counts.min() > 0.92
     assert counts.max() < 1.12
@@ -267,7 +271,7 @@ def test_scars_scale_with_the_size_of_a_run(size, widest, longest):
     run = Run(method="cutpaste_scar", category="brick", size=size)
     chosen = augmentation_kwargs(run)["cutpaste_scar"]
     x = coordinates(200, size, size)
-    made = cutpaste_scar(x, generator(), **(chosen | {"jitter": 0.0}))
+    made = made_by(cutpaste_scar, x, **(chosen | {"jitter": 0.0}))
     spans = [
         np.ptp((image[:2, where] * 256).round().numpy(), axis=1) + 1
         for image, where in zip(made, (made != x).any(1), strict=True)
@@ -279,7 +283,8 @@ def test_scars_scale_with_the_size_of_a_run(size, widest, longest):
 def scar_sizes(size, n=4000):
     """Widths and lengths, each (n, 1), of the scars of a run of that size."""
     chosen = augmentation_kwargs(Run(method="scar", category="brick", size=size))["scar"]
-    return augment._scar_sizes(torch.zeros(n, 1, size, size), **chosen, generator=generator())[:2]
+    u = torch.rand(n, 5, generator=generator())
+    return augment._scar(torch.zeros(1, 3, size, size), **chosen, u=u)[:2]
 
 
 @pytest.mark.parametrize(
@@ -293,46 +298,68 @@ def test_every_whole_width_and_length_of_a_scar_is_equally_likely(size, widths, 
         assert (counts / 4000).tolist() == pytest.approx([1 / len(wanted)] * len(wanted), abs=0.03)
 
 
-def test_the_scars_of_a_256_pixel_image_are_the_ones_that_results_were_made_with():
-    draws, (width, length) = generator(), scar_sizes(256, 100)
-    assert torch.equal(width, (2 + 15 * torch.rand(100, 1, generator=draws)).floor())
-    assert torch.equal(length, (10 + 16 * torch.rand(100, 1, generator=draws)).floor())
+LAST = 1 - 2**-24  # the largest draw
 
 
-MAKERS = [cutpaste, cutpaste_scar, cutpaste_union, cutout, confetti, scar, translate]
+@pytest.mark.parametrize("side", [64, 256])
+def test_100_000_patches_and_scars_are_within_the_papers_ranges(side):
+    x, draw = torch.zeros(1, 3, side, side), generator()
+    u = torch.rand(100_000, 4, generator=draw)
+    u[:16] = torch.cartesian_prod(*[torch.tensor([0, LAST])] * 4)
+    height, width = augment._patch_size(x, (0.02, 0.15), (0.3, 3.3), u[:, :1], u[:, 1:2])
+    share, ratio = height * width / side**2, height / width
+    assert share.min() >= 0.02 and share.max() <= 0.15
+    assert ((height - 1) / (width + 1)).max() < 3.3 and ((height + 1) / (width - 1)).min() > 0.3
+    assert share.mean().item() == pytest.approx(0.085, abs=0.001)
+    assert (ratio > 1).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    corner = augment._whole(0, side - height, u[:, 2:3]), augment._whole(0, side - width, u[:, 3:])
+    assert min(v.min() for v in corner) == 0
+    assert all((v + size <= side).all() for v, size in zip(corner, (height, width), strict=True))
+    for u in torch.rand(25, 4000, 5, generator=draw):
+        u[:32] = torch.cartesian_prod(*[torch.tensor([0, LAST])] * 5)
+        wide, long, target, inside, _, _ = augment._scar(x, (2, 16), (10, 25), 45.0, u)
+        assert {*wide.flatten().tolist()} == {*range(2, 17)}
+        assert {*long.flatten().tolist()} == {*range(10, 26)}
+        assert target.min() >= 0 and target.max() < side**2
+        covered = inside.sum(1, keepdim=True) / (wide * long)
+        assert covered.min() > 0.6 and covered.max() < 1.5  # of thin ones few pixels' centres
+        assert covered.mean().item() == pytest.approx(1, abs=0.01)
+
+
+MAKERS = [cutpaste, cutpaste_scar, cutpaste_union, cutout, confetti, scar, shift_and_crop]
 MAKERS += [partial(cutout, fill="color"), partial(jitter, strength=(0.1,) * 4)]
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_every_image_of_a_batch_has_its_own_draw(make):
     x = random_images(1, 64, 64).expand(32, -1, -1, -1)
-    assert len({image.numpy().tobytes() for image in make(x, generator())}) >= 28
+    assert len({image.numpy().tobytes() for image in made_by(make, x)}) >= 28
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_generator_alone_decides_what_is_made(make):
     x, state = random_images(8, 40, 48), torch.get_rng_state()
-    before, made = x.clone(), make(x, generator(3))
+    before, made = x.clone(), made_by(make, x, 3)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(x, before)
-    assert torch.equal(make(x, generator(3)), made)
-    assert not torch.equal(make(x, generator(4)), made)
+    assert torch.equal(made_by(make, x, 3), made)
+    assert not torch.equal(made_by(make, x, 4), made)
 
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shape_type_and_range_stay(make, dtype):
-    made = make(random_images(16, 40, 48).to(dtype), generator())
+    made = made_by(make, random_images(16, 40, 48).to(dtype))
     assert (made.shape, made.dtype) == ((16, 3, 40, 48), dtype)
     assert 0 <= made.min() <= made.max() <= 1
 
 
 def test_an_image_too_small_for_a_patch_or_a_scar_is_refused():
     with pytest.raises(ValueError, match="2x3 pixels is too small for a patch"):
-        cutpaste(random_images(1, 2, 3), generator())
+        made_by(cutpaste, random_images(1, 2, 3))
     for h, w in ((29, 64), (64, 29)):
         with pytest.raises(ValueError, match=f"{h}x{w} pixels is too small for a scar of 16x25"):
-            cutpaste_scar(random_images(1, h, w), generator())
+            made_by(cutpaste_scar, random_images(1, h, w))
 
 
 # The other ways to damage an image (Tables 1, 4 and 5)
@@ -341,7 +368,7 @@ def test_an_image_too_small_for_a_patch_or_a_scar_is_refused():
 def footprints(make, n=300, h=48, w=80, **options):
     """Where each of many images of noise was changed, and the images before and after."""
     x = 0.2 + 0.6 * random_images(n, h, w)
-    made = make(x, generator(), **options)
+    made = made_by(make, x, **options)
     return (made != x).any(1), x, made
 
 
@@ -365,7 +392,7 @@ def test_a_cutout_is_grey_or_its_images_mean_or_of_a_random_colour():
 def test_confetti_adds_and_subtracts_one_or_two_blobs_of_the_sides_asked_for():
     """Without blur each blob is a turned rectangle of one colour."""
     grey = torch.full((300, 3, 96, 96), 0.5)
-    made = confetti(grey, generator(), side=(20, 30), blur=0.1)
+    made = made_by(confetti, grey, side=(20, 30), blur=0.1)
     darker, other = made == 0, (made > 0) & (made != 0.5)
     assert (darker.all(1) == darker.any(1)).float().mean() > 0.98  # of every channel, not of one
     for part, second in ((darker.all(1), 0.12), (other.any(1), 0.23)):
@@ -382,7 +409,7 @@ def test_confetti_adds_and_subtracts_one_or_two_blobs_of_the_sides_asked_for():
 
 def test_confetti_is_blurred_and_leaves_far_pixels_as_they_were():
     grey = torch.full((20, 3, 128, 128), 0.5)
-    sharp, soft = (confetti(grey, generator(), side=(9, 20), blur=b) for b in (0.1, 5.7))
+    sharp, soft = (made_by(confetti, grey, side=(9, 20), blur=b) for b in (0.1, 5.7))
     steepest = [made.diff(dim=3).abs().max().item() for made in (sharp, soft)]
     assert steepest[1] < 0.2 < steepest[0]
     assert ((soft == 0.5).all(1).float().mean((1, 2)) > 0.3).all()
@@ -401,13 +428,13 @@ def test_a_drawn_scar_has_one_colour_and_the_shape_of_a_scar():
 def test_rotation_turns_by_quarters():
     x = random_images(2, 16, 16)
     for quarters in range(4):
-        assert torch.equal(rotate(quarters)(x, generator()), x.rot90(quarters, (2, 3)))
+        assert torch.equal(made_by(rotate(quarters), x), x.rot90(quarters, (2, 3)))
 
 
 def test_the_union_is_a_patch_or_a_scar_half_of_the_time_each():
     x = random_images(600, 64, 64)
     chosen = {"patch": {"area": (0.14, 0.15)}, "thin": {"width": (2, 3)}}
-    share = (augment.cutpaste_union(x, generator(), **chosen) != x).any(1).float().mean((1, 2))
+    share = (made_by(augment.cutpaste_union, x, **chosen) != x).any(1).float().mean((1, 2))
     large, thin = share > 0.13, share < 0.03
     assert (large | thin).all()
     assert large.float().mean().item() == pytest.approx(0.5, abs=0.07)
@@ -443,7 +470,7 @@ MEASURES = [
 @pytest.mark.parametrize("component", range(3))
 def test_each_blend_is_torchvisions_with_a_factor_in_its_range(component):
     x = muted()
-    made = jitter(x, generator(), strength=only(component, 0.4))
+    made = made_by(jitter, x, strength=only(component, 0.4))
     factors = MEASURES[component](made) / MEASURES[component](x)
     for image, before, factor in zip(made, x, factors, strict=True):
         expected = BLENDS[component](before, factor.item())
@@ -454,7 +481,7 @@ def test_each_blend_is_torchvisions_with_a_factor_in_its_range(component):
 
 def test_hue_is_shifted_within_its_range():
     x = random_images(64, 4, 4)
-    made = jitter(x, generator(), strength=only(3, 0.2))
+    made = made_by(jitter, x, strength=only(3, 0.2))
     shifts = []
     for image, before in zip(made, x, strict=True):
         vivid = (before.amax(0) - before.amin(0)).flatten().argmax()
@@ -472,25 +499,21 @@ def test_shift_hue_turns_the_hue_of_a_colour_and_nothing_else(colour, shift):
     assert made == pytest.approx(expected, abs=1e-5)
 
 
-def test_every_one_of_the_24_orders_comes_up(monkeypatch):
-    factors = {0.6: 1.6, 0.5: 1.5, 0.9: 1.9, 0.2: 0.2}
-    monkeypatch.setattr(augment, "_uniform", lambda low, high, n, g: torch.full((n, 1), high))
-    x = random_images(1, 6, 6)
-    made = jitter(x.expand(1200, -1, -1, -1), generator(), strength=tuple(factors))
-    steps = list(zip([*BLENDS, TF.adjust_hue], factors.values(), strict=True))
-    counts = []
-    for order in itertools.permutations(steps):
-        expected = functools.reduce(lambda y, step: step[0](y, step[1]), order, x)
-        counts.append(((made - expected).abs().amax((1, 2, 3)) < 2e-3).sum().item())
-    assert len(counts) == 24
-    assert sum(counts) == 1200  # each image is the result of one order and of no other
-    assert min(counts) > 20
+def test_jitter_is_torchvisions_in_the_order_brightness_contrast_saturation_hue():
+    x, u = random_images(64, 6, 6), torch.rand(64, 4, generator=generator(1))
+    strength = torch.tensor([0.6, 0.5, 0.9, 0.2])
+    factors = torch.tensor([1, 1, 1, 0]) + strength * (2 * u - 1)
+    steps = [*BLENDS, TF.adjust_hue]
+    for image, made, own in zip(x, jitter(x, u, strength=strength.tolist()), factors, strict=True):
+        pairs = zip(steps, own.tolist(), strict=True)
+        expected = functools.reduce(lambda y, step: step[0](y, step[1]), pairs, image)
+        torch.testing.assert_close(made, expected, rtol=0, atol=2e-3)
 
 
 def test_contrast_takes_its_mean_from_weighted_pixels_alone():
     x, weight = muted(16), torch.zeros(16, 8, 8, dtype=torch.bool)
     weight[:, :3, 2:7] = True
-    made = jitter(x, generator(), strength=only(1, 0.4), weight=weight)
+    made = made_by(jitter, x, strength=only(1, 0.4), weight=weight)
     inside = x[:, :, :3, 2:7]
     factors = contrast(made[:, :, :3, 2:7]) / contrast(inside)
     for image, before, factor in zip(made, inside, factors, strict=True):
@@ -500,8 +523,8 @@ def test_contrast_takes_its_mean_from_weighted_pixels_alone():
 
 def test_jitter_and_translation_of_nothing_change_nothing():
     x = random_images()
-    assert torch.equal(jitter(x, generator(), strength=(0, 0, 0, 0)), x)
-    assert torch.equal(translate(x, generator(), share=0.0), x)
+    assert torch.equal(made_by(jitter, x, strength=(0, 0, 0, 0)), x)
+    assert torch.equal(made_by(shift_and_crop, x, share=0.0), x)
 
 
 @pytest.mark.parametrize(("h", "w", "reach_y", "reach_x"), [(24, 40, 3, 5), (40, 16, 5, 2)])
@@ -509,7 +532,7 @@ def test_translation_is_a_whole_shift_with_reflected_border(h, w, reach_y, reach
     x = (random_images(200, h, w) * 255).byte()  # as training does
     padded = F.pad(x.float(), (reach_x, reach_x, reach_y, reach_y), mode="reflect").byte()
     shifts = []
-    for source, image in zip(padded, translate(x, generator(), share=0.125), strict=True):
+    for source, image in zip(padded, made_by(shift_and_crop, x, share=0.125), strict=True):
         windows = source.unfold(1, h, 1).unfold(2, w, 1)
         equal = (windows == image[:, None, None]).all(4).all(3).all(0)
         assert equal.sum() == 1
@@ -520,13 +543,13 @@ def test_translation_is_a_whole_shift_with_reflected_border(h, w, reach_y, reach
 
 def test_a_crop_is_a_square_from_anywhere_in_the_image():
     x = coordinates(400, 12, 20)
-    made = crop(x, generator(), side=8)
+    made = made_by(shift_and_crop, x, share=0.0, side=8)
     corners = (made[:, :2, 0, 0] * 256).long()
     for image, (left, top) in zip(made, corners, strict=True):
         assert torch.equal(image, x[0, :, top : top + 8, left : left + 8])
     assert len(corners.unique(dim=0)) == 5 * 13
     with pytest.raises(ValueError, match="an image of 12x20 pixels is smaller than a 13-px patch"):
-        crop(x, generator(), side=13)
+        made_by(shift_and_crop, x, share=0.0, side=13)
 
 
 # The batch
@@ -535,7 +558,7 @@ def test_a_crop_is_a_square_from_anywhere_in_the_image():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_holds_every_image_as_it_is_and_once_in_each_other_class(method):
     x, classes = random_images(5, 40, 40), {"rotation": 4, "cutpaste_3way": 3}.get(method, 2)
-    images, labels = pretext_batch(x, method, generator())
+    images, labels = example_batch(x, method)
     assert images.shape == (5 * classes, 3, 40, 40)
     assert labels.tolist() == [label for label in range(classes) for _ in range(5)]
     assert torch.equal(images[:5], x)
@@ -546,12 +569,12 @@ def test_a_batch_holds_every_image_as_it_is_and_once_in_each_other_class(method)
 def test_options_reach_the_augmentation_they_name_or_are_refused():
     x = random_images(32, 64, 64)
     chosen = {"cutpaste": {"area": (0.3, 0.31)}, "cutpaste_scar": {"width": (2, 2)}}
-    images, labels = pretext_batch(x, "cutpaste_3way", generator(), chosen)
+    images, labels = example_batch(x, "cutpaste_3way", chosen)
     shares = [(images[labels == k] != x).any(1).float().mean((1, 2)) for k in (1, 2)]
     assert 0.29 < shares[0].max() <= 0.31
     assert shares[1].max() < 2.7 * 25 / 64**2
     with pytest.raises(TypeError, match="sizes"):
-        pretext_batch(x, "cutpaste", generator(), {"cutpaste": {"sizes": 1}})
+        example_batch(x, "cutpaste", {"cutpaste": {"sizes": 1}})
 
 
 def test_pasted_copies_differ_from_their_images_only_where_something_was_pasted():

@@ -178,7 +178,7 @@ def written_out(run, pixels):
     net, generator = build(run), torch.Generator().manual_seed(run.stream)
     momentum = [torch.zeros_like(p) for p in net.parameters()]
     for update in range(run.updates):
-        images, labels = train.draw(run, pixels, generator)
+        images, labels = train.batch(run, pixels, generator)
         loss = torch.nn.functional.cross_entropy(net(images), labels)
         gradients = torch.autograd.grad(loss, list(net.parameters()))
         rate = 0.5 * run.learning_rate * (1 + math.cos(math.pi * update / run.updates))
@@ -207,16 +207,16 @@ def test_adamw_is_torchs_with_the_runs_rates():
 
 def test_a_batch_has_its_sources_without_repetition_where_there_are_enough(pixels):
     run = replace(TINY, sources=8, **UNCHANGED)
-    images, labels = train.draw(run, pixels, torch.Generator().manual_seed(0))
+    images, labels = train.batch(run, pixels, torch.Generator().manual_seed(0))
     normal = (images[labels == 0] * 255).round().byte()
     assert {p.numpy().tobytes() for p in normal} == {p.numpy().tobytes() for p in pixels}
-    _, labels = train.draw(run, pixels[:3], torch.Generator().manual_seed(0))
+    _, labels = train.batch(run, pixels[:3], torch.Generator().manual_seed(0))
     assert labels.bincount().tolist() == [8, 8, 8]
 
 
 def test_the_runs_fields_reach_the_images_of_a_batch(pixels):
     run = replace(TINY, area=(0.4, 0.41), patch_jitter=0.0, **UNCHANGED)
-    images, _ = train.draw(run, pixels, torch.Generator().manual_seed(0))
+    images, _ = train.batch(run, pixels, torch.Generator().manual_seed(0))
     normal, pasted, _ = images.chunk(3)
     assert (normal != pasted).any(1).float().mean((1, 2)).max() > 0.3
 
@@ -224,7 +224,7 @@ def test_the_runs_fields_reach_the_images_of_a_batch(pixels):
 @pytest.mark.parametrize("method", augment.METHODS)
 def test_every_option_is_one_that_its_augmentation_takes(method):
     x, options = torch.rand(2, 3, 32, 32), train.augmentation_kwargs(replace(TINY, method=method))
-    images, _ = augment.pretext_batch(x, method, torch.Generator(), options)
+    images, _ = augment.example_batch(x, method, options)
     assert torch.isfinite(images).all()
 
 
@@ -236,9 +236,9 @@ def test_lengths_in_pixels_scale_with_the_image():
 
 
 def test_training_looks_at_crops_and_at_the_end_at_whole_images(pixels, monkeypatch):
-    sides, draw = [], train.draw
+    sides, batch = [], train.batch
     monkeypatch.setattr(
-        train, "draw", lambda *args: (batch := draw(*args), sides.append(batch[0].shape[-1]))[0]
+        train, "batch", lambda *args: (made := batch(*args), sides.append(made[0].shape[-1]))[0]
     )
     train.fit(ADAMW, pixels)
     assert sides == [16, 16, 32, 32]

@@ -10,9 +10,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from torch import Generator, Tensor
+from torch import Tensor
 
-from cplib.augment import METHODS, pretext_batch
+from cplib.augment import METHODS, example_batch
 from cplib.datasets import DEMO, MVTEC, atomic
 from cplib.study.tables import NAMES
 
@@ -195,11 +195,11 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
 def class_rows(x: Tensor, methods: tuple[str, ...], options: dict) -> dict[str, list]:
     """Normal images (B, 3, H, W) in [0, 1], then a row for each class that a method makes of them.
 
-    ``options`` are those of ``augment.pretext_batch``.
+    ``options`` are those of ``augment.example_batch``.
     """
     rows = {"normal": list(x)}
     for method in methods:
-        images, _ = pretext_batch(x, method, Generator().manual_seed(0), options)
+        images, _ = example_batch(x, method, options)
         classes = [name for name in METHODS[method] if name != "normal"]
         for name, part in zip(classes, images.split(len(x))[1:], strict=True):
             label = NAMES[method] if len(classes) == 1 else f"{NAMES[method]}:\n{NAMES[name]}"

@@ -18,6 +18,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from cplib import datasets
+from cplib.augment import DRAWS_VERSION
 from cplib.checkpoint import read_checkpoint
 from cplib.model import build
 from cplib.run import Run
@@ -315,9 +316,15 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
 
     On the same CPU with the stored number of threads they must agree to the byte; across devices
     to TOLERANCE of their spread, which long trainings exceed: rounding differs between devices.
+    A run made with another version of the random draws is not repeated.
     Raises ValueError where the data are not the stored run's.
     """
     run, record, metrics = store.read(folder)
+    if record["draws"] != DRAWS_VERSION:
+        line = (
+            f"made with version {record['draws']} of the random draws, today's is {DRAWS_VERSION}"
+        )
+        return False, f"{line}: not repeated"
     run = replace(run, precision=record["precision"])
     for split, stored in record["data"].items():
         images = datasets.load(places.data, run.category, split, run.size)

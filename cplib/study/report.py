@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from cplib import datasets
+from cplib.augment import DRAWS_VERSION
 from cplib.datasets import atomic, write_text
 from cplib.run import Run
 from cplib.study.paper import (
@@ -59,6 +60,11 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     parts += ["one setting is changed in each row"] if table.axes else []
     parts += [f"seeds: {seeds}" if (seeds := _seeds(values)) else "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
+    records = [record for record, _ in workspace.finished(run for _, run in trained).values()]
+    old = {record["draws"] for record in records} - {DRAWS_VERSION}  # versions are not mixed
+    parts += [
+        f"made with random draws of version {version}, not {DRAWS_VERSION}" for version in old
+    ]
     return f"{'; '.join(parts)}. {table.note}".strip()
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cplib import datasets
+from cplib.augment import DRAWS_VERSION
 from cplib.checkpoint import network_state, read_checkpoint
 from cplib.datasets import atomic, write_text
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
@@ -38,6 +39,7 @@ RECORD = {
     "weights": dict | None,
     "device": str,
     "precision": str,
+    "draws": int,
     "train_seconds": int | float,
     "images_per_second": int | float | None,
 }
@@ -69,7 +71,8 @@ class Stock(NamedTuple):
 
     finished: dict[Run, tuple[dict, dict]]  # record and metrics
     outdated: dict[Run, dict]  # record of a run that was measured on other images
-    todo: list[Run]  # no folder, or outdated
+    older: dict[Run, dict]  # record of one made with an older version of the random draws
+    todo: list[Run]  # no folder, outdated or older
 
 
 def run_folder(run: Run, results: str | Path) -> Path:
@@ -100,7 +103,7 @@ def write(
 
     ``scores`` are (N, P): an image's score is the highest of its P windows'. The windows' scores
     are kept in ``windows.safetensors``, which is not committed. The folder replaces one that was
-    measured on other images.
+    measured on other images, or made with other draws.
     """
     folder = run_folder(run, results)
     with atomic(folder, folder=True) as part:
@@ -113,10 +116,15 @@ def write(
         write_json(part / "run.json", record)
         if run.window:
             save_file({"scores": scores.float().contiguous()}, part / "windows.safetensors")
-        if folder.exists() and read(folder)[1]["data"] != record["data"]:
+        if folder.exists() and _origin(read(folder)[1]) != _origin(record):
             folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _origin(record: dict) -> tuple[dict, int]:
+    """The images that a run was measured on, and the version of its random draws."""
+    return record["data"], record["draws"]
 
 
 def describe(run: Run, images: dict, history: list[dict], trained_on: dict, places: Places) -> dict:
@@ -137,6 +145,7 @@ def describe(run: Run, images: dict, history: list[dict], trained_on: dict, plac
         "device": trained_on["device_name"],
         "threads": torch.get_num_threads(),
         "precision": trained_on["precision"],
+        "draws": DRAWS_VERSION,
         "git_commit": git_commit(),
         "data": {split: datasets.fingerprint(part) for split, part in images.items()},
         "images": counts(images, datasets.original_size(places.data, run.category)),
@@ -180,6 +189,7 @@ def read(folder: str | Path) -> tuple[Run, dict, dict]:
         if record["version"] != RECORD_VERSION:
             raise ValueError(f"record version {record['version']}, not {RECORD_VERSION}")
         run = Run.from_dict(record["run"])
+        record.setdefault("draws", 1)
         _check(record, metrics)
         if run.id != Path(folder).name:
             raise ValueError(f"the record inside is of {run.id}")
@@ -237,14 +247,16 @@ def stored(results: str | Path) -> set[str]:
 
 
 def stock(planned: Iterable[Run], places: Places) -> Stock:
-    """Which of the planned runs are finished, are outdated, and are to do.
+    """Which of the planned runs are finished, are outdated or older, and are to do.
 
     A stored run counts for the images it was measured on: it is outdated where ``places.data``
     has other training or test images of its category. Without data, or where the data lack the
-    category, every stored run counts. A folder that is not a run of this version is named in a
-    warning and left: its run is neither finished nor to do.
+    category, every stored run counts. A run made with an older version of the random draws is
+    finished only while none of the planned runs has a newer one: versions are not mixed. It is to
+    do where its images are here. A folder that is not a run is named in a warning and left: its run
+    is neither finished nor to do.
     """
-    found, there = Stock({}, {}, []), stored(places.results)
+    found, there = Stock({}, {}, {}, []), stored(places.results)
     at_hand = datasets.categories(places.data) if places.data else ()
     here = functools.cache(functools.partial(datasets.fingerprints, places.data))
     for run in dict.fromkeys(planned):
@@ -258,9 +270,16 @@ def stock(planned: Iterable[Run], places: Places) -> Stock:
             continue
         if run.category in at_hand and record["data"] != here(run.category, run.size):
             found.outdated[run] = record
-            found.todo.append(run)
         else:
             found.finished[run] = record, metrics
+            if run.category in at_hand and record["draws"] != DRAWS_VERSION:
+                found.older[run] = record
+        if run in found.outdated or run in found.older:
+            found.todo.append(run)
+    newest = max((record["draws"] for record, _ in found.finished.values()), default=0)
+    for run, (record, _) in [*found.finished.items()]:
+        if record["draws"] != newest:
+            del found.finished[run]
     return found
 
 

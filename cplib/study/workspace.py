@@ -72,16 +72,20 @@ class Workspace:
     def remarks(self, planned: Planned) -> list[str]:
         """Lines on stored numbers that are not as a new measurement would give them."""
         stock, lines = store.stock(planned, self.places), []
-        if records := stock.outdated:
+        for records, words in (
+            (stock.outdated, "were measured on other images and do not count."),
+            (stock.older, "were made with other random draws. They count until one is replaced."),
+        ):
+            if not records:
+                continue
             categories = ", ".join(in_order({run.category for run in records}))
             trained = {run.training_id: record for run, record in records.items()}.values()
             hours = sum(record["train_seconds"] for record in trained) / 3600
             devices = " and ".join(sorted({record["device"] for record in trained}))
             lines.append(
-                f"{len(records)} stored runs of {categories} were measured on other images and do "
-                f"not count. Measuring them anew takes about {hours:.1f} hours of one device (as "
-                f"on {devices}) and replaces them. To keep both, set CPLIB_RESULTS to another "
-                "folder."
+                f"{len(records)} stored runs of {categories} {words} Measuring them anew takes "
+                f"about {hours:.1f} hours of one device (as on {devices}) and replaces them. To "
+                "keep both, set CPLIB_RESULTS to another folder."
             )
         left = [out_of_reach(run, planned[run], self.places) for run in stock.finished]
         if names := sorted({name for part in left for name in part}):
