@@ -9,7 +9,10 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.model_selection import KFold
 from torch import Tensor
 
-PLACE_BATCH = 16  # places whose covariances are in memory together
+from cplib.model import in_batches
+
+PLACE_BATCH = 16  # places whose covariances are in memory together, on a CPU
+GPU_BYTES = 2 * 2**30  # of features and covariances of places that are on a GPU together
 FOLDS = 5  # of ``held_out``
 
 
@@ -113,11 +116,16 @@ class PositionGaussians:
 
     z: Tensor
     reg_covar: float = 1e-6
+    device: torch.device | str = "cpu"  # where it computes; features stay where they are
 
     def score(self, z: Tensor) -> Tensor:
         """Anomaly scores (M, P) of z (M, P, D): half the squared distance of eq. 2."""
-        scores = []
-        for normal, part in zip(self.z.split(PLACE_BATCH, 1), z.split(PLACE_BATCH, 1), strict=True):
-            gaussians = Gaussian.fit(normal.transpose(0, 1), reg_covar=self.reg_covar)
-            scores.append(gaussians.score(part.transpose(0, 1)))
-        return torch.cat(scores).T
+
+        def work(places: Tensor) -> Tensor:
+            normal, part = (v[:, places].to(self.device).transpose(0, 1) for v in (self.z, z))
+            return Gaussian.fit(normal, reg_covar=self.reg_covar).score(part).to(z.device)
+
+        width, size = z.shape[2], PLACE_BATCH
+        if torch.device(self.device).type == "cuda":  # float64, three times over
+            size = max(1, GPU_BYTES // (24 * width * (len(self.z) + len(z) + width)))
+        return in_batches(work, torch.arange(z.shape[1]), size).T

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cplib.model import PretextNet, full_precision, levels
+from cplib.model import PretextNet, full_precision, in_batches, levels
 
-WINDOW_BATCH = 512  # windows that the network sees at once
+WINDOW_BATCH = {"cpu": 512, "cuda": 4096}  # windows that the network sees at once
 LEVEL_BATCH = 16  # images of a batch whose feature maps are computed
 GRADCAM_BATCH = 8  # images of a batch whose GradCAM maps are computed
 
@@ -34,14 +34,14 @@ def window_features(net: PretextNet, pixels: Tensor, *, window: int, stride: int
     Raises ValueError if the images are smaller than a window.
     """
     positions(*pixels.shape[2:], window, stride)
-    encode = _encode(net)
+    encode, device = _encode(net), net.pixel_mean.device
     features = []
-    for image in pixels:
+    for image in pixels.to(device):
         windows = image.unfold(1, window, stride).unfold(2, window, stride)
         shape = windows.shape[1:3]
         windows = windows.permute(1, 2, 0, 3, 4).flatten(0, 1)
-        parts = [encode(part).cpu() for part in windows.split(WINDOW_BATCH)]
-        features.append(torch.cat(parts).unflatten(0, shape))
+        found = in_batches(encode, windows, WINDOW_BATCH[device.type])
+        features.append(found.unflatten(0, shape).cpu())
     return torch.stack(features)
 
 
@@ -54,16 +54,18 @@ def level_features(net: PretextNet, pixels: Tensor, chosen: tuple[int, ...]) -> 
     level is averaged over 3x3 cells and resized to the deepest map. Then their channels are joined.
     """
     net.eval()
-    stages, features = levels(net.encoder)[: max(chosen)], []
-    for part in pixels.split(LEVEL_BATCH):
+    stages = levels(net.encoder)[: max(chosen)]
+
+    def features(part: Tensor) -> Tensor:
         x, maps = _encoder_input(net, part), []
         for number, stage in enumerate(stages, 1):
             x = stage(x)
             if number in chosen:
                 maps.append(F.avg_pool2d(x, 3, 1, 1))
         maps = [F.adaptive_avg_pool2d(m, x.shape[2:]) for m in maps]
-        features.append(torch.cat(maps, 1).permute(0, 2, 3, 1).to(pixels.device))
-    return torch.cat(features)
+        return torch.cat(maps, 1).permute(0, 2, 3, 1).to(pixels.device)
+
+    return in_batches(features, pixels, LEVEL_BATCH)
 
 
 def _encode(net: PretextNet) -> Callable[[Tensor], Tensor]:
@@ -122,10 +124,10 @@ def gradcam(net: PretextNet, pixels: Tensor) -> Tensor:
 
     net.eval()
     cam = LayerGradCam(against_normal, net.encoder.layer4)
-    device = net.pixel_mean.device
-    maps = []
-    for chunk in pixels.split(GRADCAM_BATCH):
-        x = (chunk.to(device).float() / 255).requires_grad_()
+
+    def maps(part: Tensor) -> Tensor:
+        x = (part.to(net.pixel_mean.device).float() / 255).requires_grad_()
         small = cam.attribute(x).detach()
-        maps.append(F.interpolate(small, chunk.shape[2:], mode="bilinear")[:, 0].cpu())
-    return torch.cat(maps)
+        return F.interpolate(small, part.shape[2:], mode="bilinear")[:, 0].cpu()
+
+    return in_batches(maps, pixels, GRADCAM_BATCH)

@@ -1,6 +1,7 @@
 """The network: an encoder, whose pooled features are scored, and a projection head for training."""
 
 import hashlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -199,5 +200,28 @@ def embed(net: PretextNet, pixels: Tensor, *, level: int = 0) -> Tensor:
     """
     net.eval()
     device = net.pixel_mean.device
-    floats = (part.to(device).float() / 255 for part in pixels.split(EMBED_BATCH))
-    return torch.cat([net.features(x, level).cpu() for x in floats])
+    return in_batches(
+        lambda part: net.features(part.to(device).float() / 255, level).cpu(), pixels, EMBED_BATCH
+    )
+
+
+def in_batches(work: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """``work`` on ``size`` rows of x after the other, and on fewer once a GPU's memory is full.
+
+    Raises torch.OutOfMemoryError if the memory is too small for one row.
+    """
+    parts, done = [], 0
+    while done < len(x) or not parts:
+        full = False
+        try:
+            parts.append(work(x[done : done + size]))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            full = True
+        if full:  # only here the tensors of the failed call are gone
+            torch.cuda.empty_cache()
+            size = max(1, size // 2)
+        else:
+            done += size
+    return torch.cat(parts)

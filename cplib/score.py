@@ -34,10 +34,12 @@ class Scorer:
 
         With ``level``, an EfficientNet's pooled features of this level are used (4.3).
         """
+        device = net.pixel_mean.device
         if by_position(run) or not run.dense:
-            density = fit_density(run, features(run, net, normal, level=level))
+            density = fit_density(run, features(run, net, normal, level=level), device)
         else:  # never all of them in memory
-            chunks = (features(run, net, part).flatten(0, 1) for part in normal.split(IMAGE_BATCH))
+            parts = (features(run, net, part) for part in normal.split(IMAGE_BATCH))
+            chunks = (part.flatten(0, 1).to(device) for part in parts)
             density = Gaussian.from_moments(*moments(chunks), reg_covar=run.reg_covar)
         return cls(run, net, density, level)
 
@@ -85,10 +87,15 @@ def features(run: Run, net: PretextNet, pixels: Tensor, *, level: int = 0) -> Te
     return l2_normalise(z) if run.l2_normalise else z
 
 
-def fit_density(run: Run, z: Tensor) -> Gaussian | PositionGaussians:
-    """The density of features z (N, P, D): one Gaussian for each place, or one for all (A.5)."""
+def fit_density(
+    run: Run, z: Tensor, device: torch.device | str = "cpu"
+) -> Gaussian | PositionGaussians:
+    """The density of features z (N, P, D): one Gaussian for each place, or one for all (A.5).
+
+    ``device`` computes those of each window's place: thousands of covariances.
+    """
     if by_position(run) and run.window:
-        return PositionGaussians(z, run.reg_covar)
+        return PositionGaussians(z, run.reg_covar, device)
     if by_position(run):  # cells of feature maps: few enough to keep all factors
         parts = [part.transpose(0, 1) for part in z.split(PLACE_BATCH, 1)]
         gaussians = [Gaussian.fit(part, reg_covar=run.reg_covar) for part in parts]
@@ -102,9 +109,12 @@ def score_features(density: Gaussian | PositionGaussians, z: Tensor) -> Tensor:
     """Scores (N, P) of features z (N, P, D)."""
     if isinstance(density, PositionGaussians):
         return density.score(z)
+    on_device = z.to(density.mean.device)
     if density.mean.dim() == 2:
-        return density.score(z.transpose(0, 1)).T
-    return density.score(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        scores = density.score(on_device.transpose(0, 1)).T
+    else:
+        scores = density.score(on_device.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return scores.to(z.device)
 
 
 def upsample_scores(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:

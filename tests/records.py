@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from cplib.augment import DRAWS_VERSION
 from cplib.datasets import MVTEC
 from cplib.study.store import RECORD_VERSION, run_folder
 
@@ -17,11 +18,12 @@ def official(category):
     return here | {"masks": anomalous, "size": [900, 900]}
 
 
-def record(results, run, auroc=90.0, curve=None, images=None, weights=None):
+def record(results, run, auroc=90.0, curve=None, images=None, weights=None, draws=DRAWS_VERSION):
     """Write the folder of a made-up finished run; ``curve`` is {update: AUROC noted}."""
     folder = run_folder(run, results)
     folder.mkdir(parents=True)
     head = {"version": RECORD_VERSION, "run": asdict(run), "threads": 1, "weights": weights}
+    head |= {"draws": draws}
     head |= {"images": images or official(run.category)}
     head |= {"data": {"train": "", "test": ""}, "device": "made up", "precision": "fp32"}
     head |= {"train_seconds": 1.0, "images_per_second": 1.0}

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from cplib import datasets, train
+from cplib.checkpoint import read_checkpoint
 from cplib.metrics import image_metrics
 from cplib.model import weights_file
 from cplib.run import Run
@@ -347,6 +348,20 @@ def test_processes_beside_each_other_give_the_same_bytes_in_the_order_asked(
     assert "3 of 3 done" in capsys.readouterr().out
 
 
+def test_a_gpu_that_is_full_fails_the_run_with_a_line_and_not_the_next(places, monkeypatch):
+    training = jobs.training
+
+    def full(run, *args, **options):
+        if run == BRICK:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a page of text")
+        return training(run, *args, **options)
+
+    monkeypatch.setattr(jobs, "training", full)
+    first, second = execute_all([BRICK, SIEVE], places)
+    assert (first.state, second.state) == ("failed", "done")
+    assert first.message == jobs.FULL
+
+
 def test_a_process_that_the_system_ends_is_a_failed_run(places, monkeypatch):
     monkeypatch.setenv("CPLIB_JOBS", "2")
     over = threading.Event()
@@ -497,7 +512,7 @@ def test_a_part_that_another_process_writes_is_left_and_an_old_one_removed(place
     assert left_behind(places.results) == [young.name]
 
 
-# Results of other images
+# Results of other images, and of older draws
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -532,6 +547,29 @@ def test_a_run_counts_for_its_images_and_another_ones_folder_is_replaced_when_fi
     assert (before / "scores.csv").read_bytes() == (fresh / "scores.csv").read_bytes() != kept
     assert set(os.listdir(before)) == FILES
     assert left_behind(copied.results) == []
+
+
+def test_runs_of_older_draws_count_until_one_is_newer_and_are_made_anew_with_data(copied):
+    for run in RUNS:
+        change_record(run_folder(run, copied.results), draws=1)
+    checkpoints = copied.results / "checkpoints"
+    for file in checkpoints.iterdir():
+        meta, tensors = read_checkpoint(file)
+        save_file(tensors, file, metadata={k: v for k, v in meta.items() if k != "draws"})
+    found = stock(RUNS, copied)
+    assert list(found.finished) == list(found.older) == found.todo == RUNS
+    assert stock(RUNS, copied._replace(data=None)).todo == []
+    here = replace(PROFILES["smoke"], categories=("brick", "sieve"))
+    (line,) = Workspace(here, ("sieve",), copied).remarks({run: [] for run in RUNS})
+    assert line.startswith("3 stored runs of brick, sieve were made with other random draws.")
+    same, line = rerun(run_folder(SIEVE, copied.results), copied)
+    assert (same, line) == (False, "made with version 1 of the random draws, not 2: not repeated")
+    old = read_checkpoint(checkpoint_file(SIEVE, copied.results))[0]
+    execute(SIEVE, copied)
+    new = read_checkpoint(checkpoint_file(SIEVE, copied.results))[0]
+    assert ("draws" in old, new["draws"]) == (False, "2")
+    assert list(stock(RUNS, copied).finished) == [SIEVE]
+    assert stock(RUNS, copied).todo == [BRICK, SECOND]
 
 
 def test_folders_are_listed_once_however_many_runs_are_planned(copied, monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from cplib import localize
-from cplib.augment import crop
 from cplib.localize import gradcam, level_features, positions, upsample, window_features
 from cplib.metrics import peak_within
 from cplib.model import PretextNet, levels
@@ -52,7 +51,7 @@ def test_a_image_smaller_than_a_window_is_refused_by_its_size(net, size):
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64)])
 def test_every_feature_is_that_of_its_own_window(net, monkeypatch, height, width):
     pixels = noise(2, height, width)
-    monkeypatch.setattr(localize, "WINDOW_BATCH", 3)
+    monkeypatch.setitem(localize.WINDOW_BATCH, "cpu", 3)
     found = window_features(net, pixels, window=32, stride=8)
     assert found.shape == (2, (height - 32) // 8 + 1, (width - 32) // 8 + 1, 512)
     for n, r, c in itertools.product(*map(range, found.shape[:3])):
@@ -133,18 +132,3 @@ def test_the_peak_counts_on_the_mask_and_within_the_distance():
     assert peak_within(masks, heat, 16) == 50
     assert peak_within(masks, heat, 15) == 0
     assert peak_within(masks[2:], heat[2:]) is None
-
-
-def test_crops_are_windows_of_their_images_at_places_of_their_own():
-    y, x = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
-    images = torch.stack([y, x, y * 0]).to(torch.uint8).expand(64, -1, -1, -1)
-    crops = crop(images, torch.Generator().manual_seed(0), side=32)
-    top, left = crops[:, 0, 0, 0].int(), crops[:, 1, 0, 0].int()
-    expected = torch.arange(32)
-    assert (crops[:, 0, :, 5].int() == top[:, None] + expected).all()
-    assert (crops[:, 1, 7].int() == left[:, None] + expected).all()
-    assert set(top.tolist()) == set(range(9))
-    assert left.min() <= 3
-    assert left.max() >= 25
-    with pytest.raises(ValueError, match="smaller than"):
-        crop(images, torch.Generator(), side=41)

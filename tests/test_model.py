@@ -107,6 +107,21 @@ def test_an_embedding_is_the_plain_forward_whatever_the_batch_and_leaves_no_trac
     assert (found.dtype, found.requires_grad) == (torch.float32, False)
 
 
+def test_batches_get_smaller_where_the_memory_is_full_and_one_row_is_the_least():
+    sizes, x = [], torch.arange(11.0)
+
+    def work(part, most=3):
+        sizes.append(len(part))
+        if len(part) > most:
+            raise torch.OutOfMemoryError
+        return 2 * part
+
+    assert torch.equal(model.in_batches(work, x, 8), 2 * x)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        model.in_batches(lambda part: work(part, 0), x, 8)
+
+
 def test_features_are_taken_in_full_precision_with_cudnn_left_on(monkeypatch):
     seen, net = [], PretextNet(2)
 

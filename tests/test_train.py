@@ -360,8 +360,8 @@ def relabelled(path, **changes):
     save_file(tensors, path, metadata=meta | changes)
 
 
-@pytest.mark.parametrize("name", ["data", "device", "precision"])
-def test_a_checkpoint_of_other_images_device_or_precision_is_left_with_a_line(
+@pytest.mark.parametrize("name", ["data", "device", "precision", "version of random draws"])
+def test_a_checkpoint_of_other_images_device_precision_or_draws_is_left_with_a_line(
     pixels, path, monkeypatch, capsys, name
 ):
     stop(AUTO, pixels, path)
@@ -370,8 +370,10 @@ def test_a_checkpoint_of_other_images_device_or_precision_is_left_with_a_line(
     elif name == "precision":
         now = train.precision(AUTO, "cpu")
         monkeypatch.setenv("CPLIB_PRECISION", "bf16" if now == "fp32" else "fp32")
-    else:
+    elif name == "device":
         relabelled(path, device="abacus")
+    else:
+        relabelled(path, draws="1")
     net, table = train.fit(AUTO, pixels, checkpoint=path)
     assert f"{path}: of another {name}" in capsys.readouterr().out
     assert table["update"].tolist() == [1, 2, 3, 4]

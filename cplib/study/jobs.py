@@ -34,6 +34,7 @@ HOST_BYTES = 6 * 2**30  # of the machine's memory, where a job works on a GPU
 RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
 BAR = "{desc}: {n} of {total} done, {remaining} left"
 Planned = dict[Run, list[str]]  # runs, each with the names of the measures wanted of it
+FULL = "the GPU's memory is full: set CPLIB_JOBS to fewer, or take fewer sources (profiles.toml)"
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
 
 
@@ -271,7 +272,10 @@ def attempt(job: Planned, *, places: Places, deadline: float | None = None) -> l
     """Execute the runs of one training and say what became of each instead of raising."""
     with using_threads(1):
         worker = Job(places, deadline)
-        return [_attempt(worker, run, measures) for run, measures in job.items()]
+        found = [_attempt(worker, run, measures) for run, measures in job.items()]
+    del worker
+    torch.cuda.empty_cache()  # for other processes; without a GPU it does nothing
+    return found
 
 
 def _attempt(worker: Job, run: Run, measures: Iterable[str]) -> Outcome:
@@ -281,6 +285,8 @@ def _attempt(worker: Job, run: Run, measures: Iterable[str]) -> Outcome:
         worker.execute(run, measures)
     except OutOfTime as late:
         return Outcome(run, "out of time", str(late))
+    except torch.OutOfMemoryError:
+        return Outcome(run, "failed", FULL)
     except Exception as error:
         return Outcome(run, "failed", _line(error))
     return Outcome(run, "done")
@@ -321,10 +327,8 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     """
     run, record, metrics = store.read(folder)
     if record["draws"] != DRAWS_VERSION:
-        line = (
-            f"made with version {record['draws']} of the random draws, today's is {DRAWS_VERSION}"
-        )
-        return False, f"{line}: not repeated"
+        versions = f"version {record['draws']} of the random draws, not {DRAWS_VERSION}"
+        return False, f"made with {versions}: not repeated"
     run = replace(run, precision=record["precision"])
     for split, stored in record["data"].items():
         images = datasets.load(places.data, run.category, split, run.size)

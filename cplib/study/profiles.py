@@ -22,7 +22,6 @@ class Profile:
     seeds: int  # of cutpaste_3way in Table 1: the ensemble is made of them
     other_seeds: int  # of every other method, of the patch model and of Table 3
     categories: tuple[str, ...] = ()  # empty: the data set's
-    ablation: tuple[str, ...] = ()  # categories of Tables 3 to 6; empty: all
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
     patch: dict = field(default_factory=dict)  # what the patch model changes of ``protocol``
     finetune: dict = field(default_factory=dict)  # Table 3's; ``protocol`` is not part of it

@@ -56,7 +56,7 @@ class Table:
     notebook: str  # its two digits
     rows: tuple[Row, ...] = ()
     axes: tuple[str, ...] = ()  # settings, each with a row for every value (see ``along``)
-    categories: str = ""  # "ablation", "categories", "open_categories"; empty: all
+    categories: str = ""  # "categories" or "open_categories" of the study; empty: all
     metrics: tuple[str, ...] = ("image_auroc",)
     note: str = ""
 
@@ -110,18 +110,12 @@ TABLES = {
             tuned("level7_pretrained", "ImageNet, level 7", "pretrained", measure="level7"),
             tuned("level7_finetuned", "finetuned, level 7", METHOD, measure="level7"),
         ),
-        categories="ablation",
     ),
-    "table4_cutout_variants": Table(
-        notebook="06", rows=image_rows(*BASELINES, *TABLE4), categories="ablation"
-    ),
-    "table5_binary_vs_3way": Table(
-        notebook="07", rows=image_rows(*BASELINES, *TABLE5), categories="ablation"
-    ),
+    "table4_cutout_variants": Table(notebook="06", rows=image_rows(*BASELINES, *TABLE4)),
+    "table5_binary_vs_3way": Table(notebook="07", rows=image_rows(*BASELINES, *TABLE5)),
     "table6_synthetic_anomalies": Table(
         notebook="08",
         rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
-        categories="ablation",
         note=f"Painted on the normal test images, {SIDE[0]:.0%} to {SIDE[1]:.0%} of a side.",
     ),
     "table7_learning_rate_and_epochs": Table(
@@ -227,8 +221,8 @@ def categories(workspace: Workspace, named: str) -> list[str]:
     If none of these is to be executed, the first one that is stands beside them.
     """
     profile = workspace.profile
-    names = {"": (), "ablation": profile.ablation} | profile.sensitivity
-    few = [c for c in workspace.shown if c in names[named] or not names[named]]
+    chosen = profile.sensitivity[named] if named else ()
+    few = [c for c in workspace.shown if c in chosen or not chosen]
     return few if {*few} & {*workspace.categories} else [*few, workspace.categories[0]]
 
 
