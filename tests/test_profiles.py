@@ -15,7 +15,7 @@ EVERY = pytest.mark.parametrize("name", PROFILES)
 def test_the_paper_profile_is_the_papers_protocol():
     assert (PAPER.categories, PAPER.seeds, PAPER.other_seeds) == (MVTEC.categories, 5, 5)
     for method in TABLE1[1:]:
-        expected = Run(method=method, category="bottle", seed=3, precision="fp16")
+        expected = Run(method=method, category="bottle", seed=3)
         assert PAPER.run(method, "bottle", 3) == expected
 
 

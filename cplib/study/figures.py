@@ -193,17 +193,16 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
 
 
 def class_rows(x: Tensor, methods: tuple[str, ...], options: dict) -> dict[str, list]:
-    """Normal images (B, 3, H, W) in [0, 1], then a row for each class that a method makes of them.
+    """Normal images (B, 3, H, W) in [0, 1], then a row for each class that methods make of them.
 
-    ``options`` are those of ``augment.example_batch``.
+    A class of several methods has one row. ``options`` are those of ``augment.example_batch``.
     """
     rows = {"normal": list(x)}
-    for method in methods:
-        images, _ = example_batch(x, method, options)
+    for seed, method in enumerate(methods):
+        images, _ = example_batch(x, method, options, seed)
         classes = [name for name in METHODS[method] if name != "normal"]
         for name, part in zip(classes, images.split(len(x))[1:], strict=True):
-            label = NAMES[method] if len(classes) == 1 else f"{NAMES[method]}:\n{NAMES[name]}"
-            rows[label] = list(part)
+            rows.setdefault(NAMES[method if len(classes) == 1 else name], list(part))
     return rows
 
 
