@@ -2,6 +2,7 @@
 # Regenerates every table and figure:  ./run_all.sh [options]   (--help lists them)
 # Runs the test suite:                 ./run_all.sh test [pytest's options]
 # Runs the notebooks as on Colab:      ./run_all.sh test --colab [NN,NN]
+# Compares a GPU with the CPU:         ./run_all.sh test --gpu [--device cuda]
 # Sets up its own environment first: an active conda environment is used as it is, else .venv.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -61,6 +62,8 @@ unset PYTHONDONTWRITEBYTECODE  # what is imported is compiled once
 
 if [[ "${1:-} ${2:-}" == "test --colab" ]]; then
     exec "$python" tests/colab/run.py "${@:3}"
+elif [[ "${1:-} ${2:-}" == "test --gpu" ]]; then
+    exec "$python" tests/gpu/check.py "${@:3}"
 elif [[ "${1:-}" == test ]]; then
     exec "$python" -m pytest "${@:2}"
 fi

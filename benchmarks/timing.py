@@ -1,4 +1,4 @@
-"""What train.py and dense.py share: the timing of two ways in turns, the options, the table."""
+"""What train.py and dense.py share: timing, counting, the options, the table."""
 
 import argparse
 import os
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 from cplib.datasets import DataError
-from cplib.run import PRECISIONS
 from cplib.train import device_name
 
 Row = tuple[str, float, str]  # what, value, unit
@@ -21,6 +21,24 @@ def seconds(work: Callable[[], object], budget: float) -> float:
     """Mean seconds of a call, after at least one to warm up. Calls go on for ``budget`` seconds."""
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=budget).mean
+
+
+class Launches(TorchDispatchMode):
+    """Count what a GPU has to launch: operations that are neither views nor allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count an operation, and do it."""
+        self.count += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def launches(work: Callable[[], object]) -> int:
+    """How many kernels a call launches."""
+    with Launches() as counter:
+        work()
+    return counter.count
 
 
 def ratios(ours: list[float], theirs: list[float]) -> list[Row]:
@@ -56,7 +74,6 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, help="for both ways together")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of training")
     parser.add_argument("--threads", type=int, default=cores(), help="of both ways")
     return parser
 
@@ -74,5 +91,5 @@ def report(measure: Callable[[argparse.Namespace], list[Row]], args: argparse.Na
     print(f"{device}; {args.threads} threads, PyTorch {torch.__version__}, {load}\n")
     print("| what | value | unit |\n| --- | ---: | --- |")
     for what, value, unit in rows:
-        print(f"| {what} | {value:.3g} | {unit} |")
+        print(f"| {what} | {value:{'.3g' if value < 1000 else '.0f'}} | {unit} |")
     return 0

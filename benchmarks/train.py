@@ -9,9 +9,9 @@ import argparse
 import math
 import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from cplib import datasets, train
 from cplib.model import build
 from cplib.run import Run
 
-from timing import Row, cores, options, peak_memory, ratios, report, seconds
+from timing import Row, launches, options, peak_memory, ratios, report, seconds
 
 PREPARED = 1_000_000  # batches of a loader: more than a turn takes
 
@@ -92,11 +92,9 @@ def _pasted(x: Image.Image, patch: Image.Image, mask: Image.Image | None) -> Ima
     return x
 
 
-def product(run: Run, pixels: Tensor, device: str, compiled: bool = False) -> Iterator[None]:
+def product(run: Run, pixels: Tensor, device: str) -> Iterator[None]:
     """The project's training step, again and again."""
     net = build(run).to(device, memory_format=torch.channels_last)
-    if compiled:
-        net.encoder.compile()
     pixels, rest = pixels.to(device), torch.Generator(device).manual_seed(run.seed)
     optimizer, scaler = train.optimiser(run, net), train.grad_scaler(run, device)
     while True:
@@ -121,23 +119,33 @@ def reference(run: Run, pixels: Tensor, device: str, workers: int) -> Iterator[N
         yield
 
 
-def step_seconds(loop: Iterator[None], budget: float) -> float:
-    """Seconds of a step of a loop. The loop is closed afterwards, and its workers end."""
+def step_seconds(loop: Iterator[None], budget: float, device: str) -> float:
+    """Seconds of a step of a loop. The loop is closed afterwards, and its workers end.
+
+    The timer may wait for a GPU after each call, and the GPU then for the first kernels of the
+    next: on a GPU, a call is 20 steps.
+    """
+    steps = 20 if device == "cuda" else 1
     with closing(loop):
-        return seconds(partial(next, loop), budget)
+        return seconds(lambda: [next(loop) for _ in range(steps)], budget) / steps
+
+
+def drawing(run: Run, pixels: Tensor, device: str) -> Callable[[], object]:
+    """The function that draws and augments a batch."""
+    rest = torch.Generator(device).manual_seed(0)
+    return torch.no_grad()(partial(train.batch, run, pixels.to(device), rest))
 
 
 def throughput(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     """Images a second of both loops, the peak memory of ours, the time to draw a batch."""
-    ours, theirs, draws, each = [], [], [], args.seconds / 2 / args.repeats
-    rest = torch.Generator(args.device).manual_seed(0)
-    draw = torch.no_grad()(partial(train.batch, run, pixels.to(args.device), rest))
+    device, each = args.device, args.seconds / 2 / args.repeats
+    ours, theirs, draws, draw = [], [], [], drawing(run, pixels, device)
     for turn in range(args.repeats):
-        ours.append(step_seconds(product(run, pixels, args.device), each))
+        ours.append(step_seconds(product(run, pixels, device), each, device))
         if turn == 0:
-            memory = peak_memory(args.device)
+            memory = peak_memory(device)
         draws.append(seconds(draw, each / 10))
-        theirs.append(step_seconds(reference(run, pixels, args.device, args.workers), each))
+        theirs.append(step_seconds(reference(run, pixels, device, args.threads), each, device))
     share = statistics.median(a / b for a, b in zip(draws, ours, strict=True))
     images = 3 * run.sources
     return [
@@ -150,58 +158,52 @@ def throughput(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def arithmetic(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """FLOP/s of a training step's network, and of a large matrix product in its precision."""
+def counts(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
+    """Kernels that a step launches, and FLOP/s of its network and of a large matrix product."""
     device, side = args.device, 8192 if args.device == "cuda" else 2048
+    steps = product(run, pixels, device)
+    next(steps)  # the first one makes the optimiser's state, too
     net = build(run).to(device)
     images = torch.rand(3 * run.sources, 3, run.size, run.size, device=device)
     with FlopCounterMode(display=False) as counter:
         net(images).sum().backward()
+    counted = launches(partial(next, steps)), launches(drawing(run, pixels, device))
     each = args.seconds / 20
-    rate = counter.get_total_flops() / step_seconds(product(run, pixels, device), each)
+    rate = counter.get_total_flops() / step_seconds(steps, each, device)
     dtype = train.precision(run, device)
     a = torch.rand(side, side, device=device, dtype=train.DTYPES[dtype])
     peak = 2 * side**3 / seconds(lambda: a @ a, each)
     return [
+        ("kernel launches of a step", counted[0], ""),
+        ("... of its augmentation", counted[1], ""),
         ("network, forward and backward", rate / 1e12, "TFLOP/s"),
         (f"matrix product in {dtype}, {side}x{side}", peak / 1e12, "TFLOP/s"),
     ]
 
 
-def compilation(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
-    """How much faster a step is with torch.compile, and how long its first step takes."""
-    began, each = time.perf_counter(), args.seconds / 10
-    loop = product(run, pixels, args.device, compiled=True)
-    next(loop)
-    first = time.perf_counter() - began
-    compiled = step_seconds(loop, each)
-    plain = step_seconds(product(run, pixels, args.device), each)
-    return [
-        ("step with torch.compile against without", plain / compiled, "times"),
-        ("torch.compile's first step", first, "s"),
-    ]
+def speeds(run: Run, pixels: Tensor, args: argparse.Namespace) -> list[Row]:
+    """Images a second of a step, in each precision of the device, on whole images and on crops."""
+    rows, images = [], 3 * run.sources
+    for dtype in filter(partial(train.computes_in, device=args.device), train.DTYPES):
+        for name, crop in {"whole images": 0, "64-px crops": 64}.items():
+            loop = product(replace(run, precision=dtype, crop=crop), pixels, args.device)
+            rate = images / step_seconds(loop, args.seconds / 10, args.device)
+            rows.append((f"{name} in {dtype}", rate, "images/s"))
+    return rows
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Every row of the table."""
-    run = Run(
-        method="cutpaste_3way",
-        category=args.category,
-        size=args.size,
-        sources=args.sources,
-        precision=args.precision,
-    )
+    fields = {"category": args.category, "size": args.size, "sources": args.sources}
+    run = Run(method="cutpaste_3way", **fields)
     pixels = datasets.load(args.data, args.category, "train", args.size).pixels
-    parts = [throughput, arithmetic] + [compilation] * args.compile
-    return [row for part in parts for row in part(run, pixels, args)]
+    return [row for part in (throughput, counts, speeds) for row in part(run, pixels, args)]
 
 
 def parse() -> argparse.Namespace:
     """The options."""
     parser = options(__doc__)
     parser.add_argument("--sources", type=int, default=32, help="source images of a batch")
-    parser.add_argument("--workers", type=int, default=cores(), help="of the plain way")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
     return parser.parse_args()
 
 
