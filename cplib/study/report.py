@@ -21,6 +21,7 @@ from cplib.study.paper import (
     with_settings,
 )
 from cplib.study.profiles import METHOD
+from cplib.study.synthetic import SYNTHETIC
 from cplib.study.tables import NAMES, SCORES, TABLES, plan, planned, rows_of
 from cplib.study.workspace import Workspace
 
@@ -307,41 +308,37 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
 
 
 def result(table: pd.DataFrame, name: str) -> str:
-    """A table's result in a sentence: beside the paper's numbers, or which rows are the ends."""
+    """A table's result in sentences: its rows in order, the weak category, and the paper beside."""
     metric = TABLES[name].metrics[0]
     table = table[table["metric"] == metric].dropna(subset="mean")
     if table.empty:
         return "Nothing is measured yet."
-    cells = table[~table["category"].str.startswith("average")].dropna(subset="published_mean")
-    if main := next((m for m in HEADLINES if m in {*cells["method"]}), None):
-        return _beside_paper(cells[cells["method"] == main], main)
-    category = next(
-        (c for c in AVERAGES[::-1] if c in {*table["category"]}), table["category"].iloc[0]
-    )
-    groups = table[table["category"] == category].groupby("setting", sort=False)
-    said = [_ends(rows, setting) for setting, rows in groups if len(rows) > 1]
-    where = f"{METRIC_NAMES[metric]}, {NAMES[category]}"
-    return f"{where[0].upper()}{where[1:]}: {'; '.join(said) or 'only one row is measured'}."
+    cells = table[~table["category"].str.startswith("average")]
+    measured = list(cells["category"].unique())
+    where, rows = f"on {measured[0]}", table[table["category"] == measured[0]]
+    if len(measured) > 1:
+        average = next((c for c in AVERAGES[::-1] if c in {*table["category"]}), None)
+        rows = table[table["category"] == average]
+        kinds = "kinds" if {*measured} & {*SYNTHETIC} else "categories"
+        where = f"the mean of {len(measured)} {kinds}"
+    ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
+    title, said = METRIC_NAMES[metric], "; ".join(ordered) or "no row has all"
+    parts = [f"{title[0].upper()}{title[1:]}, {where}, in percent: {said}."]
+    main = next((m for m in HEADLINES if m in {*cells["method"]}), None)
+    if main and not cells["setting"].any():
+        own = cells[cells["method"] == main].set_index("category")
+        worst = own["mean"].idxmin()
+        if len(own) > 1:
+            parts += [f"{NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."]
+        gaps = own.eval("mean - published_mean").dropna().sort_values(ascending=False).round(1)
+        said = ", ".join(f"{NAMES[c]} {gap:+.1f}" for c, gap in gaps.items())
+        parts += [f"Its difference from the paper, in points: {said}."] if said else []
+    return " ".join(parts)
 
 
-def _beside_paper(cells: pd.DataFrame, method: str) -> str:
-    gaps = cells.set_index("category").eval("mean - published_mean").round(1)
-    said = {"reaches the paper's numbers on": gaps >= 0, "falls short of them on": gaps < 0}
-    parts = []
-    for words, chosen in said.items():
-        found = gaps[chosen].sort_values(ascending=False)
-        named = ", ".join(f"{NAMES[c]} ({gap:+.1f})" for c, gap in found.items())
-        parts += [f"{words} {named}"] if named else []
-    text = "; it ".join(parts).replace(
-        "short of them", "short of the paper" if len(parts) == 1 else "short"
-    )
-    return f"{NAMES[method]} {text} (points)."
-
-
-def _ends(rows: pd.DataFrame, setting: str) -> str:
-    """The highest and the lowest of a table's rows, or of those along one setting."""
+def _ordered(rows: pd.DataFrame, setting: str) -> str:
+    """The rows of a table, or those along one setting, from the highest to the lowest."""
+    rows = rows.sort_values("mean", ascending=False, kind="stable")
     names = rows["value"] if setting else rows["method"].map(lambda method: NAMES[method])
-    best, worst = rows["mean"].idxmax(), rows["mean"].idxmin()
-    ends = [f"{names[i]} ({rows.loc[i, 'mean']:.1f})" for i in (best, worst)]
-    head = f"{setting.replace('_', ' ')}: " if setting else ""
-    return f"{head}highest with {ends[0]}, lowest with {ends[1]}"
+    found = (f"{text} ({mean:.1f})" for text, mean in zip(names, rows["mean"], strict=True))
+    return f"{setting.replace('_', ' ')}: {', '.join(found)}" if setting else ", ".join(found)
