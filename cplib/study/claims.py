@@ -356,7 +356,7 @@ def _points(effect: float, error=0.0, margin=math.nan, of: str = "", among: int 
     text = f"{effect:+.1f}" + (f"±{error:.1f}" if error > 0 else "")
     text += "" if pd.isna(margin) else f", margin {margin:+.1f}"
     text += f"; {_pair(of)}" if of else ""
-    return f"{text}, of {among}" if among else text
+    return f"{text}, weakest of {among}" if among else text
 
 
 def _pair(text: str) -> str:
