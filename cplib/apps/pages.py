@@ -16,7 +16,7 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.datasets import DATASETS, write_text
 from cplib.run import BASELINES
-from cplib.study.claims import VERDICTS
+from cplib.study.claims import summary
 from cplib.study.profiles import PROFILES
 from cplib.study.report import markdown, protocol, read_table, result, wide
 from cplib.study.store import Places
@@ -31,7 +31,7 @@ pasted. A Gaussian of its features of normal images then scores a new image: the
 from them, the more anomalous it is. AUROC is how often an anomalous image (or pixel) has a higher
 score than a normal one; 50 % is chance."""
 OTHERS = {  # further tables of a notebook
-    "11": {"claims": "All claims, with intervals"},
+    "11": {"claims": "All claims, each with three answers"},
     "09": {"schedule_choice": "How the short schedules were chosen"},
 }
 # Wide tables and code scroll by themselves on a phone; at night the page is dark, figures are not.
@@ -183,12 +183,10 @@ def _figures(results: Path, notebook, number: str) -> dict[str, str]:
 
 
 def _findings(results: Path) -> list[str]:
-    """Two averages beside their nulls and the paper's, and how many claims have which verdict."""
-    found = averages(results)
-    if (results / "tables" / "claims.csv").exists():
-        counts = pd.read_csv(results / "tables" / "claims.csv")["verdict"].value_counts()
-        counts = counts.reindex(VERDICTS, fill_value=0).astype(str)
-        found.append(markdown(pd.DataFrame([counts], index=["claims"]).rename_axis("verdict")))
+    """Two averages beside their nulls and the paper's, and how many claims have which answers."""
+    found, file = averages(results), results / "tables" / "claims.csv"
+    if file.exists() and "here" in (claims := pd.read_csv(file, keep_default_na=False)):
+        found.append(summary(claims))  # an older version's file has no answers
     return found or ["Nothing is measured yet."]
 
 

@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 
 from cplib.apps.workspace import ROOT
+from cplib.study.claims import OURS
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.report import markdown, number, read_table
 from cplib.study.store import read, run_folder
@@ -157,11 +158,11 @@ def port(name: str) -> str:
     return f"{pd.read_csv(PORTS, index_col='implementation').loc[name, measured()].mean():.1f}"
 
 
-def claims(*verdicts: str) -> str:
-    """How many of the paper's claims have one of these verdicts; all of them without any."""
+def claims(question: str = "here", *answers: str) -> str:
+    """How many of the paper's claims have one of these answers to a question; all without any."""
     found = pd.read_csv(ROOT / "results" / "quick" / "tables" / "claims.csv")
-    found = found[found["source"] != "Not in the paper"]["verdict"].str.replace(" ", "_")
-    return str(int(found.isin(verdicts).sum() if verdicts else len(found)))
+    found = found[found["source"] != OURS][question].str.replace(" ", "_")
+    return str(int(found.isin(answers).sum() if answers else len(found)))
 
 
 NUMBERS = (cell, above, longer, uncommitted, minutes, images, photos, port, claims)

@@ -1,45 +1,119 @@
-"""The paper's claims (``claims.csv``), each with its verdict from the measured runs.
+"""The paper's claims (``claims.csv``), each with three answers from the measured runs.
 
 A claim's ``order`` lists methods, or values of its ``setting``, the better first: "a b > c"
 compares a and b with c, "a > b > c" each with the next; the better may fall short by ``tolerance``
 points. ``group`` names the categories that it is about, "textures" or "aligned". A claim with a
 setting and no order says that no two of the paper's values differ by more than a margin: the range
 of the paper's own averages and two of its standard errors. ``null`` is the same order with an
-untrained network in the trained one's place: where it holds, training is not what makes the claim
-hold.
+untrained network in the trained one's place: where it holds as well, training is not what makes the
+claim hold.
+
+The three questions, each answered at 95 %:
+
+- *Here*: does the claim hold on the categories measured? The error comes from the seeds.
+- *Like the paper*: is our difference the paper's on the same categories, to ``AGREE`` points?
+- *Elsewhere*: does it hold for categories not tried? The error comes from the categories.
 """
 
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
 from itertools import combinations, pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t, ttest_1samp
+from scipy.stats import t
 
-from cplib.datasets import DATASETS
+from cplib.datasets import DATASETS, MVTEC
 from cplib.run import BASELINES
-from cplib.study.paper import published
+from cplib.study.paper import PRINTED, groups, published
 from cplib.study.report import save_markdown, write_csv
-from cplib.study.tables import ALL, NAMES, TABLES, values
+from cplib.study.tables import ALL, NAMES, values
 from cplib.study.workspace import Workspace
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
-REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
-WITHOUT_TRAINING = "holds without training"
-INCONCLUSIVE, NOT_MEASURED = "inconclusive", "not measured"
-VERDICTS = (REPRODUCED, WITHOUT_TRAINING, NOT_REPRODUCED, INCONCLUSIVE, NOT_MEASURED)
+OURS = "Not in the paper"  # the source of our own questions
+YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, untrained, too"
+ONE_SEED, NOT_MEASURED = "one seed", "not measured"
+AGREES, SMALLER, LARGER, OPPOSITE, NOT_PRINTED = "agrees", "smaller", "larger", "opposite", ""
+WORDS = (YES, UNTRAINED, NO, AGREES, SMALLER, LARGER, OPPOSITE, OPEN, ONE_SEED, NOT_MEASURED, "")
+QUESTIONS = {
+    "here": "Do they hold on the categories measured here?",
+    "paper": "Is our difference the paper's on the same categories?",
+    "elsewhere": "Do they hold elsewhere, for categories not tried?",
+}
+AGREE = 2.0  # points
+PAPER_SEEDS = 5
+CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
 SEPARATION = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
-COLUMNS = ["id", "claim", "source", "verdict", "weakest", "effect", "low", "high", "margin"]
-COLUMNS += ["paper_effect", "null", "null_effect", "null_low", "null_high", "null_categories"]
-COLUMNS += ["categories", "needed", "compared", "comparisons"]
 MOST_CATEGORIES = 1000  # of those that would decide a claim
+AVERAGED = groups(MVTEC.categories)  # the categories of each average that the paper prints
+COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "effect", "error"]
+COLUMNS += ["here_low", "here_high", "low", "high", "margin", "paper_effect", "paper_error"]
+COLUMNS += ["null", "null_effect", "categories", "needed", "compared", "comparisons"]
 
-_NOTHING, _EMPTY = pd.DataFrame(), pd.Series(dtype=float)
-
-Cells = dict[str, pd.Series]  # a row's mean over the seeds, by category
+Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
 Pair = tuple[str, str]
+Found = dict[Pair, "Estimate"]
+
+
+class Estimate(NamedTuple):
+    """A difference in each category, and the error that few seeds leave in its mean."""
+
+    gaps: pd.Series  # by category
+    error: float = 0.0  # standard error of the mean; NaN where a value has one seed
+    freedom: float = math.inf  # degrees of freedom of the error
+
+    @property
+    def mean(self) -> float:
+        """The mean over categories."""
+        return self.gaps.mean()
+
+    def here(self, comparisons: int = 1) -> tuple[float, float]:
+        """A 95 % interval of the mean on these categories, Bonferroni's over comparisons."""
+        half = t.ppf(1 - 0.025 / comparisons, self.freedom) * self.error
+        return self.mean - half, self.mean + half
+
+    def elsewhere(self, comparisons: int = 1) -> tuple[float, float]:
+        """Student's interval of the mean over categories like these, infinite for too few."""
+        if len(self.gaps) < LEAST_CATEGORIES:
+            return -math.inf, math.inf
+        return Estimate(self.gaps, self.gaps.sem(), len(self.gaps) - 1).here(comparisons)
+
+
+def _welch(parts) -> tuple[float, float]:
+    """The error and degrees of freedom of a sum of independent parts (Welch), from theirs."""
+    error, freedom = np.array([*parts], dtype=float).reshape(-1, 2).T
+    variance, slack = (error**2).sum(), (error**4 / freedom).sum()
+    return math.sqrt(variance), variance**2 / slack if slack else math.inf
+
+
+def contrast(rows: Rows, plus: Collection[str], minus: Collection[str]) -> Estimate | None:
+    """The sum of the rows ``plus`` less that of ``minus``, in the categories that all of them have.
+
+    Rows of the same runs are compared run by run. Each category has a variance of its own. None if
+    the rows share no category.
+    """
+    (factors := Counter(plus)).subtract(minus)
+    used = {name: factor for name, factor in factors.items() if factor}
+    if not used or not {*used} <= {*rows}:
+        return None
+    shared = set.intersection(*({*rows[name].index.unique("category")} for name in used))
+    units = {}
+    for name, factor in used.items():
+        row = rows[name][rows[name].index.get_level_values("category").isin(shared)]
+        units[tuple(row.index)] = units.get(tuple(row.index), 0) + factor * row
+    total, parts = 0, []
+    for row in units.values():
+        cells = row.groupby("category")
+        total = total + cells.mean()
+        if not row.index.unique("id").str.fullmatch(CERTAIN).all():
+            parts += zip(cells.sem() / len(shared), cells.size() - 1, strict=True)
+    return Estimate(total, *_welch(parts)) if shared else None
 
 
 def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
@@ -48,216 +122,241 @@ def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
 
 
 def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> pd.DataFrame:
-    """A row a claim: verdict, effect and its 95 % interval, the paper's effect, what is behind it.
+    """A row a claim (COLUMNS): its three answers, and what is behind them, in points.
 
-    ``effect`` (points) is the smallest difference of all comparisons; along a setting it is the
-    largest. ``margin`` is the difference that is still accepted. ``paper_effect`` is the paper's of
-    the same pair. Reproduced: every interval lies above zero (along a setting: within the margin),
-    and every comparison was measured. Holds without training: the same is true of the null. Not
-    reproduced: one interval lies wholly below zero (beyond the margin). All else is inconclusive,
-    as with fewer than LEAST_CATEGORIES categories; ``needed`` is how many categories like those
-    measured would decide it.
+    ``effect`` is the smallest mean difference of all comparisons, and ``weakest`` names it: the
+    first over the second, along a setting the smaller over the larger. ``error`` is its standard
+    error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
+    ``here_low`` to ``here_high`` and, elsewhere, ``low`` to ``high``; ``needed`` is how many
+    categories would decide the claim there. ``paper_effect`` is the paper's, of the same pair and
+    categories. ``null_effect`` is the difference without training.
+
+    Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
+    "no" if one lies below, corrected for the number of comparisons; "yes, untrained, too" if the
+    null holds as well and training adds nothing that is certain; "one seed" where a value has no
+    second seed; else "open". Elsewhere is answered in the same way, without the null. The paper:
+    "agrees" if every difference less the paper's lies within AGREE points; "larger", "smaller" or
+    "opposite" if one lies beyond; else "open"; empty where the paper prints no number.
     """
-    rows = [_row(claim, frames) for claim in claims.itertuples()]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame([_row(claim, frames) for claim in claims.itertuples()], columns=COLUMNS)
 
 
 def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
-    row = {"id": claim.id, "claim": claim.claim, "source": claim.source}
-    numbers = published(claim.table) if claim.table in TABLES else _NOTHING
-    printed = _cells(numbers, claim, "published_mean")
-    cells = _cells(frames.get(claim.table, _NOTHING), claim, claim.metric)
-    categories = sorted({c for found in cells.values() for c in found.index})
-    given = {name: pd.Series(level, categories) for name, level in SEPARATION.items()}
-    cells |= given | {name: printed[name] for name in QUOTED if name in printed}
-    both_ways = not claim.order
-    pairs = list(combinations(printed, 2)) if both_ways else _pairs(claim.order)
-    margin = _margin(numbers, claim.setting) if both_ways else _tolerance(claim)
-    row |= {"margin": margin if both_ways else -margin, "comparisons": len(pairs)}
-    judged = _judge(pairs, _gaps(pairs, cells, claim.group), margin, both_ways)
-    average = "average_texture" if claim.group == "textures" else "average_all"
-    weakest = judged.get("weakest")
-    row |= judged | {"paper_effect": _printed(pairs, weakest, printed, average, both_ways)}
-    nulls = [_null(claim, baseline, cells) for baseline in BASELINES if claim.null]
-    best = max(nulls, key=lambda null: null.get("effect", -np.inf), default={})
-    if best.get("weakest"):
-        row |= {"null": best["weakest"]}
-        row |= {f"null_{k}": best.get(k) for k in ("effect", "low", "high", "categories")}
-    if row["verdict"] == REPRODUCED and any(n["verdict"] == REPRODUCED for n in nulls):
-        row["verdict"] = WITHOUT_TRAINING
-    return row
+    printed = _printed(claim)
+    rows = _rows(frames.get(claim.table, pd.DataFrame()), claim)
+    places = sorted({c for row in rows.values() for c in row.index.unique("category")})
+    given = {name: pd.Series(level, places) for name, level in SEPARATION.items()}
+    given |= {k: printed[k]["published_mean"].reindex(places) for k in QUOTED if k in printed}
+    rows |= {name: _given(numbers.dropna()) for name, numbers in given.items()}
+    pairs = _pairs(claim.order) if claim.order else list(combinations(printed, 2))
+    along = printed and not claim.order
+    margin = -_range(printed) if along else -float(claim.tolerance or "nan")
+    found = _differences(pairs, rows, either=along)
+    row = {"id": claim.id, "claim": claim.claim, "source": claim.source, "margin": margin}
+    row |= {"categories": 0, "compared": len(found), "comparisons": len(pairs)}
+    if not found:
+        return row | dict.fromkeys(QUESTIONS, NOT_MEASURED)
+    bound, complete = np.nan_to_num(margin), len(found) == len(pairs)
+    row["here"], row["here_low"], row["here_high"] = _answer(found, Estimate.here, bound, complete)
+    if row["here"] == OPEN and any(math.isnan(e.error) for e in found.values()):
+        row["here"] = ONE_SEED
+    row["elsewhere"], row["low"], row["high"] = _answer(found, Estimate.elsewhere, bound, complete)
+    if row["elsewhere"] == OPEN:
+        row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
+    pair = next(iter(found))
+    row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
+    row["categories"] = min(len(e.gaps) for e in found.values())
+    papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
+    row["paper"] = NOT_PRINTED
+    if papers[pair]:
+        row |= {"paper_effect": papers[pair].mean, "paper_error": papers[pair].error}
+    if all(papers.values()):
+        answer = _agreement([(found[p], papers[p]) for p in found])
+        row["paper"] = OPEN if answer == AGREES and not complete else answer
+    return _with_null(row, claim, rows, bound) if claim.null else row
 
 
-def _null(claim, baseline: str, cells: Cells) -> dict:
-    """What becomes of a claim with a baseline in place of the trained network."""
-    pairs = _pairs(claim.null.replace(BASELINES[0], baseline))
-    return _judge(pairs, _gaps(pairs, cells, claim.group), _tolerance(claim))
+def _pairs(order: str) -> list[Pair]:
+    parts = [part.split() for part in order.split(">")]
+    return [pair for better, worse in pairwise(parts) for pair in product(better, worse)]
 
 
-def _tolerance(claim) -> float:
-    return float(claim.tolerance or "nan")
+def _differences(pairs: list[Pair], rows: Rows, either: bool = False) -> Found:
+    """The first of a pair less the second, for all pairs measured, the weakest first."""
+    found = [(pair, contrast(rows, pair[:1], pair[1:])) for pair in pairs]
+    found = [(pair, estimate) for pair, estimate in found if estimate]
+    if either:  # the smaller of a pair's two values stands first
+        turn = [(-1 if e.mean > 0 else 1, pair, e) for pair, e in found]
+        found = [(pair[::sign], e._replace(gaps=sign * e.gaps)) for sign, pair, e in turn]
+    return dict(sorted(found, key=lambda item: item[1].mean))
 
 
-def _pairs(order: str) -> list[tuple[str, str]]:
-    groups = [part.split() for part in order.split(">")]
-    return [pair for better, worse in pairwise(groups) for pair in product(better, worse)]
-
-
-def _cells(frame: pd.DataFrame, claim, column: str) -> Cells:
-    """The means over seeds (and Table 6's kinds) of a column, by row and category.
-
-    A row is a method, or a value.
-    """
-    if frame.empty or column not in frame:
+def _rows(frame: pd.DataFrame, claim) -> Rows:
+    """The measured values of a table in the claim's categories, by method or value of a setting."""
+    if frame.empty or claim.metric not in frame:
         return {}
-    if "metric" in frame:
-        frame = frame[frame["metric"] == claim.metric]
-    if claim.setting:
-        frame = frame[frame["setting"] == claim.setting]
-    frame = frame.dropna(subset=column)
+    name = "value" if claim.setting else "method"
+    frame = frame[frame["setting"] == claim.setting] if claim.setting else frame
     if "source" in frame:  # of Table 6: the categories that were painted on, not the kinds
         frame = frame.assign(category=frame["source"])
-    groups = frame.groupby("value" if claim.setting else "method")
-    return {name: part.groupby("category")[column].mean() for name, part in groups}
+    if claim.group:
+        group = {c for data in DATASETS.values() for c in getattr(data, claim.group)}
+        frame = frame[frame["category"].isin(group)]
+    ids = frame["id"] if "id" in frame else pd.Series(index=frame.index, dtype=object)
+    frame = frame.assign(id=ids.fillna("no run: " + frame[name])).dropna(subset=claim.metric)
+    found = frame.groupby([name, "category", "seed", "id"])[claim.metric].mean()
+    return {key: part.droplevel(0) for key, part in found.groupby(level=0)}
 
 
-def _gaps(pairs: list[Pair], cells: Cells, group: str) -> dict[Pair, pd.Series]:
-    """By how much the first of a pair lies above the second, in each category that both have.
+def _given(by_category: pd.Series) -> pd.Series:
+    """Numbers as a row of values without runs."""
+    return pd.concat({(0, ""): by_category}, names=["seed", "id", "category"]).swaplevel(0, 2)
 
-    Pairs without a category are left out.
+
+def _printed(claim) -> dict[str, pd.DataFrame]:
+    """The paper's numbers of a claim's table and metric by row, each by category."""
+    if claim.table not in PRINTED:
+        return {}
+    numbers = published(claim.table)
+    numbers = numbers[(numbers["metric"] == claim.metric) & (numbers["setting"] == claim.setting)]
+    found = numbers.groupby("value" if claim.setting else "method", sort=False)
+    return {key: part.set_index("category") for key, part in found}
+
+
+def _range(printed: dict[str, pd.DataFrame]) -> float:
+    """The range of the paper's own averages, and two of its standard errors."""
+    along = pd.concat(printed).xs("average_all", level="category")
+    return np.ptp(along["published_mean"]) + 2 * along["published_stderr"].max()
+
+
+def _papers(pair: Pair, printed: dict[str, pd.DataFrame], categories) -> Estimate | None:
+    """The paper's difference on these categories; None where it does not print it.
+
+    If the paper prints averages alone, the average of exactly these categories counts.
     """
-    found = {}
-    for first, second in pairs:
-        gaps = (cells.get(first, _EMPTY) - cells.get(second, _EMPTY)).dropna()
-        wanted = (
-            {c for data in DATASETS.values() for c in getattr(data, group)} if group else gaps.index
-        )
-        gaps = gaps[[c for c in gaps.index if c in wanted and not c.startswith("average")]]
-        if len(gaps):
-            found[first, second] = gaps
-    return found
+    same = [name for name, part in AVERAGED.items() if {*part} == {*categories}]
+    for places in (list(categories), same):
+        cells = [printed[name].reindex(places) for name in pair if name in printed]
+        means = [part["published_mean"] for part in cells]
+        if places and len(cells) == 2 and (gaps := means[0] - means[1]).notna().all():
+            errors = pd.concat([part["published_stderr"].fillna(0) for part in cells]) / len(places)
+            gaps = pd.Series(gaps.mean(), categories) if places is same else gaps
+            return Estimate(gaps, *_welch((error, PAPER_SEEDS - 1) for error in errors))
+    return None
 
 
-def interval(gaps: pd.Series, comparisons: int = 1) -> tuple[float, float]:
-    """A 95 % interval (Student's) of the mean over categories, Bonferroni's over comparisons.
+def _agreement(pairs: list[tuple[Estimate, Estimate]]) -> str:
+    """Whether our differences are the paper's, by the comparison that speaks most against it.
 
-    Infinite below LEAST_CATEGORIES.
+    What speaks against is corrected for the number of comparisons.
     """
-    if len(gaps) < LEAST_CATEGORIES:
-        return -np.inf, np.inf
-    if gaps.nunique() == 1:  # no spread: scipy would warn
-        return gaps.iloc[0], gaps.iloc[0]
-    return tuple(ttest_1samp(gaps, 0).confidence_interval(1 - 0.05 / comparisons))
+    found = []
+    for ours, theirs in pairs:
+        sign = math.copysign(1, theirs.mean)
+        ours = ours._replace(gaps=sign * ours.gaps)
+        more = Estimate(ours.gaps - sign * theirs.gaps, *_welch([ours[1:], theirs[1:]]))
+        (low, high), (sure_low, sure_high) = more.here(), more.here(len(pairs))
+        if math.isnan(more.error):
+            found.append(ONE_SEED)
+        elif low >= -AGREE and high <= AGREE:
+            found.append(AGREES)
+        elif sure_high < -AGREE:
+            found.append(OPPOSITE if ours.here(len(pairs))[1] < 0 else SMALLER)
+        else:
+            found.append(LARGER if sure_low > AGREE else OPEN)
+    return min(found, key=(OPPOSITE, SMALLER, LARGER, ONE_SEED, OPEN, AGREES).index)
 
 
-def _judge(
-    pairs: list[Pair], found: dict[Pair, pd.Series], margin: float, both_ways: bool = False
-) -> dict:
-    """Verdict, effect and interval of a claim's comparisons, the weakest of them named.
+def _answer(found: Found, limits: Callable, bound: float, complete: bool) -> tuple:
+    """Whether all differences lie above a bound (yes), or one below (no), and the interval's ends.
 
-    ``found`` holds the differences of those ``pairs`` that were measured. ``both_ways``: no two
-    may differ by more than the margin; else the first may fall short by it.
+    What speaks against is corrected for the number of comparisons. The ends are the lowest of all
+    lower and of all upper ends, NaN where there is no interval.
     """
-    row = {"verdict": NOT_MEASURED, "compared": len(found)}
-    row["categories"] = min(map(len, found.values()), default=0)
-    if not found:
-        return row
-    if both_ways:
-        found = {
-            p if g.mean() > 0 else p[::-1]: g if g.mean() > 0 else -g for p, g in found.items()
-        }
-    means = {pair: gaps.mean() for pair, gaps in found.items()}
-    pair = max(means, key=means.get) if both_ways else min(means, key=means.get)
-    limits = [interval(gaps) for gaps in found.values()]
-    sure = [interval(gaps, len(found)) for gaps in found.values()]
-    if both_ways:
-        low, high = max(0.0, *(low for low, _ in sure)), max(high for _, high in limits)
-        holds, fails, bound = high <= margin, low > margin, margin
-    else:
-        bound = -margin if margin == margin else 0.0
-        low, high = min(low for low, _ in limits), min(high for _, high in sure)
-        holds, fails = low > bound, high < bound
-    complete = len(found) == len(pairs)
-    row["verdict"] = REPRODUCED if holds and complete else NOT_REPRODUCED if fails else INCONCLUSIVE
-    if row["verdict"] == INCONCLUSIVE and not holds:
-        spare = [bound - gaps if both_ways else gaps - bound for gaps in found.values()]
-        against = [categories_needed(gaps, len(found)) for gaps in spare if gaps.mean() < 0]
-        if against:
-            row["needed"] = pd.Series(against).min()
-        elif complete:  # NaN with a comparison in one category only
-            row["needed"] = np.max([categories_needed(gaps) for gaps in spare])
-    finite = {"low": low, "high": high} if np.isfinite(high) else {}
-    return row | {"weakest": " over ".join(pair), "effect": means[pair]} | finite
+    ends = [(limits(e)[0], limits(e, len(found))[1]) for e in found.values()]
+    low, high = np.min(ends, axis=0)
+    fails = any(high < bound for _, high in ends)
+    answer = YES if low > bound and complete else NO if fails else OPEN
+    return (answer, low, high) if np.isfinite([low, high]).all() else (answer, math.nan, math.nan)
+
+
+def _with_null(row: dict, claim, rows: Rows, bound: float) -> dict:
+    """The row with the better baseline in the trained network's place, and what that changes."""
+    nulls = []
+    for baseline in BASELINES:
+        pairs = _pairs(claim.null.replace(BASELINES[0], baseline))
+        if found := _differences(pairs, rows):
+            pair, estimate = next(iter(found.items()))
+            nulls.append((estimate.mean, " over ".join(pair)))
+            alone, *_ = _answer(found, Estimate.here, bound, len(found) == len(pairs))
+            both = zip(_pairs(claim.order), pairs, strict=True)
+            gains = [contrast(rows, [a, d], [b, c]) for (a, b), (c, d) in both]
+            adds = all(gain and gain.here()[0] > 0 for gain in gains)
+            if row["here"] == alone == YES and not adds:
+                row["here"] = UNTRAINED
+    return row | dict(zip(("null_effect", "null"), max(nulls, default=()), strict=False))
+
+
+def _needed(gaps: list[pd.Series], complete: bool) -> float:
+    """How many categories would decide a claim; NaN where nothing can be said."""
+    against = [categories_needed(part, len(gaps)) for part in gaps if part.mean() < 0]
+    every = [categories_needed(part) for part in gaps] if complete else [math.nan]
+    return pd.Series(against).min() if against else np.max(every)
 
 
 def categories_needed(gaps: pd.Series, comparisons: int = 1) -> float:
-    """How many categories, these and others like them, would put zero outside ``interval``.
+    """How many categories, these and others like them, would put zero outside the interval.
 
     Infinitely many above MOST_CATEGORIES; NaN for one category, which says nothing of the spread.
     """
     if len(gaps) < 2:
-        return np.nan
+        return math.nan
     n = np.arange(max(LEAST_CATEGORIES, len(gaps) + 1), MOST_CATEGORIES + 1)
     enough = n[t.ppf(1 - 0.025 / comparisons, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
-    return float(enough[0]) if len(enough) else np.inf
+    return float(enough[0]) if len(enough) else math.inf
 
 
-def _margin(numbers: pd.DataFrame, setting: str) -> float:
-    along = numbers[(numbers["setting"] == setting) & (numbers["category"] == "average_all")]
-    means, errors = along["published_mean"], along["published_stderr"]
-    return means.max() - means.min() + 2 * errors.max()
-
-
-def _printed(
-    pairs: list[Pair], weakest: str | None, printed: Cells, average: str, both_ways: bool
-) -> float:
-    """The paper's difference of the weakest pair, by its averages; NaN where it prints none.
-
-    If we measured nothing, it is the smallest difference in the paper itself.
-    """
-    means = {name: cells.get(average, np.nan) for name, cells in printed.items()}
-    gaps = {
-        f"{a} over {b}": means.get(a, np.nan) - means.get(b, np.nan)
-        for pair in pairs
-        for a, b in (pair, pair[::-1])
-    }
-    if weakest:
-        return gaps[weakest]
-    own = [gaps[f"{a} over {b}"] for a, b in pairs]
-    return max(map(abs, own), default=np.nan) if both_ways else min(own, default=np.nan)
+def summary(table: pd.DataFrame) -> str:
+    """How many of the paper's claims have which answers, in a few sentences."""
+    table = table[table["source"] != OURS]
+    text = f"We list {len(table)} claims of the paper."
+    for name, question in QUESTIONS.items():
+        counts = table[name].value_counts()
+        found = [f"{word or 'not printed'}: {counts[word]}" for word in WORDS if word in counts]
+        text += f" {question} {'; '.join(found).capitalize()}."
+    chance = 0.025 * (~table["here"].isin([ONE_SEED, NOT_MEASURED])).sum()
+    said = f" If no claim were true, chance would say yes to about {chance:.1f} here."
+    return text + said * bool(chance)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts as a person reads them: a row a claim, texts only."""
-    rows = {
-        row.claim: {
+    """The claims as a person reads them: a row a claim, texts only."""
+    rows = {}
+    for row in table.itertuples():
+        weakest = (row.weakest, row.compared) if row.comparisons > 1 else ()
+        where = f", {row.categories} categor{'y' if row.categories == 1 else 'ies'}"
+        needed = f"; {row.needed:.0f} would decide".replace("inf", f"over {MOST_CATEGORIES}")
+        more = where * (row.categories > 0) + needed * pd.notna(row.needed)
+        rows[row.claim] = {
             "where": row.source,
-            "verdict": row.verdict,
-            "difference [95 %]": _phrase(row, "; "),
-            "the paper's": _signed(row.paper_effect),
-            "without training": _phrase_null(row),
-            "categories": _needed(row),
+            "ours": _points(row.effect, row.error, row.margin, *weakest),
+            "the paper": _points(row.paper_effect, row.paper_error),
+            "without training": _points(row.null_effect, of=row.null),
+            "here": row.here,
+            "like the paper": row.paper,
+            "elsewhere": row.elsewhere + more,
         }
-        for row in table.itertuples()
-    }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
 
 
-def _phrase(row, link: str) -> str:
-    """The effect, its interval and the margin that counts; which comparison is the weakest."""
-    text = _interval_text(row.effect, row.low, row.high)
-    text += "" if not text or pd.isna(row.margin) else f", margin {_signed(row.margin)}"
-    few = row.comparisons == 1 or not text
-    return text if few else f"{text}{link}{_pair(row.weakest)}, the weakest of {row.compared}"
-
-
-def _phrase_null(row) -> str:
-    if pd.isna(row.null):
+def _points(effect: float, error=0.0, margin=math.nan, of: str = "", among: int = 0) -> str:
+    """A difference with its error, the margin, and which comparison it is, the weakest of many."""
+    if pd.isna(effect):
         return ""
-    text = _interval_text(row.null_effect, row.null_low, row.null_high)
-    others = row.null_categories != row.categories
-    here = f", categories: {row.null_categories:.0f}" if others else ""
-    return f"{text}; {_pair(row.null)}{here}"
+    text = f"{effect:+.1f}" + (f"±{error:.1f}" if error > 0 else "")
+    text += "" if pd.isna(margin) else f", margin {margin:+.1f}"
+    text += f"; {_pair(of)}" if of else ""
+    return f"{text}, weakest of {among}" if among else text
 
 
 def _pair(text: str) -> str:
@@ -269,53 +368,31 @@ def _pair(text: str) -> str:
     return " over ".join(found)
 
 
-def _interval_text(effect: float, low: float, high: float) -> str:
-    return _signed(effect) + ("" if pd.isna(low) else f" [{_signed(low)}, {_signed(high)}]")
-
-
-def _signed(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:+.1f}"
-
-
-def _needed(row) -> str:
-    """How many categories were compared, and how many would decide what is inconclusive."""
-    if pd.isna(row.needed):
-        return str(row.categories or "")
-    enough = f"{row.needed:.0f}" if np.isfinite(row.needed) else f"over {MOST_CATEGORIES}"
-    return f"{row.categories}; {enough} would decide"
-
-
 def seen(workspace: Workspace, *names: str) -> str:
-    """What was seen of the claims about these tables, as Markdown: verdicts first."""
+    """What was seen of the claims about these tables, as Markdown: the answer here first."""
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
-    head = "Differences are in points of AUROC, with a 95 % interval over categories in brackets; "
-    head += "notebook 11 says how verdicts are made."
+    text = "Each answer is for the categories measured here. Differences are in points of AUROC, "
+    text += "± one standard error from the seeds; notebook 11 says how answers are made."
     if workspace.profile.dataset == "demo":
-        head += " On the demo set a verdict illustrates, and is no evidence for the method."
-    return "\n".join([head, "", *(f"- {_sentence(row)}" for row in table.itertuples())])
-
-
-def _sentence(row) -> str:
-    parts = [f"**{row.verdict.capitalize()}**: {row.claim}"]
-    if not pd.isna(row.effect):
-        theirs = "" if pd.isna(row.paper_effect) else f"; the paper's {_signed(row.paper_effect)}"
-        parts.append(f"{_phrase(row, ' points; ')}; categories: {row.categories}{theirs}.")
-    if not pd.isna(row.null):
-        parts.append(f"Without training: {_phrase_null(row)}.")
-    return " ".join(parts)
+        text += " On the demo set an answer illustrates, and is no evidence for the method."
+    lines = [text, ""]
+    for claim, row in readable(table).iterrows():
+        said = f"Ours {row['ours']}" * bool(row["ours"])
+        said += f"; the paper {row['the paper']}" * bool(row["the paper"])
+        said += f" ({row['like the paper']})" * bool(row["like the paper"])
+        said += f". Without training {row['without training']}" * bool(row["without training"])
+        lines.append(f"- **{row['here'].capitalize()}**: {claim} {said}{'.' * bool(said)}".rstrip())
+    return "\n".join(lines)
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     """Write ``results/tables/claims.csv`` and ``.md``; returns the path of the CSV."""
     note = (
-        f"Profile {workspace.profile.name}. AUROC, percentage points; 95 % intervals (Student's) "
-        "over categories. Without training: the same comparison with a random or an ImageNet "
-        "network in place of the trained one, the better of the two. Of several comparisons the "
-        "weakest difference, and an interval from the lowest of all lower ends to the lowest of "
-        "all upper ends (Table 7: the highest). The paper's: of the same two, over all its "
-        "categories. Inconclusive: the interval holds both answers, a comparison is missing, or "
-        f"there are fewer than {LEAST_CATEGORIES} categories; the last column then estimates how "
-        "many categories like these would decide it."
+        f"Profile {workspace.profile.name}. {summary(table)} Each answer is at 95 %. Differences "
+        "are in points of AUROC, ± one standard error: ours from the seeds, the paper's from its "
+        "own, on the same categories. Of several comparisons the weakest. Without training: the "
+        "same with a random or an ImageNet network in place of the trained one, the better of the "
+        f"two. Like the paper: to {AGREE:g} points."
     )
     path = save_markdown(workspace.results, "claims", note, [readable(table)])
     write_csv(path.with_suffix(".csv"), table)

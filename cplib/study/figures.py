@@ -123,16 +123,19 @@ def scatter(ax: Axes, groups: dict[str, list]) -> None:
     ax.set(xticks=[], yticks=[])
 
 
-VERDICT_MARKS = {
-    "reproduced": ("o", "C2"),
-    "holds without training": ("P", "C1"),
-    "not reproduced": ("X", "C3"),
-    "inconclusive": ("s", "C7"),
+ANSWER_MARKS = {  # of a claim's answer here
+    "yes": {"marker": "o", "color": "C2", "ms": 8},
+    "yes, untrained, too": {"marker": "P", "color": "C1", "ms": 8},
+    "no": {"marker": "X", "color": "C3", "ms": 8},
+    "open": {"marker": "s", "color": "C7", "ms": 7},
+    "one seed": {"marker": "o", "color": "C7", "ms": 4},
 }
+PAPER_MARK = {"marker": "D", "mfc": "none", "mec": "black", "color": "black", "ms": 5, "lw": 1}
+MARGIN_MARK = {"marker": "|", "color": "black", "ms": 12, "mew": 1.5}
 
 
 def forest(table, limit: float = 40.0) -> Figure:
-    """Verdicts of claims, as ``study.claims`` gives them: effects with intervals, by source.
+    """The claims' answers here, as ``study.claims`` gives them: effects with intervals, by source.
 
     Percentage points; an arrow stands where something lies beyond ``limit`` on either side.
     """
@@ -149,31 +152,26 @@ def forest(table, limit: float = 40.0) -> Figure:
         for y, row in enumerate(part.itertuples()):
             _forest_row(ax, y, row, limit)
     axes[-1].set_xlabel("difference in AUROC, percentage points")
-    fig.legend(*_forest_legend(), loc="outside upper center", ncols=5, fontsize="small")
+    marks = ANSWER_MARKS | {"the paper's": PAPER_MARK, "margin": MARGIN_MARK}
+    marks = [Line2D([], [], label=name, ls="", **mark) for name, mark in marks.items()]
+    fig.legend(handles=marks, loc="outside upper center", ncols=4, fontsize="small")
     return fig
 
 
 def _forest_row(ax, y: int, row, limit: float) -> None:
-    """One claim: its interval, its effect, the margin that counts, and the paper's effect."""
-    marker, colour = VERDICT_MARKS.get(row.verdict, ("", "C7"))
-    ends = np.clip([row.low, row.high], -limit, limit)
-    ax.plot(ends, [y, y], color=colour, lw=2, solid_capstyle="butt")
+    """One claim: our effect, its interval and the margin, and the paper's effect a little below."""
+    mark = ANSWER_MARKS.get(row.here)
+    if not mark:
+        ax.text(limit, y, row.here, color="0.4", ha="right", va="center", fontsize="small")
+        return
+    ends = np.clip([row.here_low, row.here_high], -limit, limit)
+    ax.plot(ends, [y, y], color=mark["color"], lw=2, solid_capstyle="butt")
     for end, arrow in ((-limit, "<"), (limit, ">")):
         if end in ends:
-            ax.plot(1.02 * end, y, arrow, color=colour, ms=7)
-    if marker:
-        ax.plot(np.clip(row.effect, -limit, limit), y, marker, color=colour, ms=8)
-    else:
-        ax.text(limit, y, row.verdict, color="0.4", ha="right", va="center", fontsize="small")
-    ax.plot(row.margin, y, "|", color="black", ms=12, mew=1.5)
-    ax.plot(row.paper_effect, y, "D", mfc="none", mec="black", ms=6)
-
-
-def _forest_legend() -> tuple[list, list]:
-    marks = [Line2D([], [], marker=m, color=c, ms=7) for m, c in VERDICT_MARKS.values()]
-    paper = Line2D([], [], marker="D", mfc="none", mec="black", ls="")
-    margin = Line2D([], [], marker="|", color="black", ms=11, mew=1.5, ls="")
-    return [*marks, paper, margin], [*VERDICT_MARKS, "the paper's", "margin"]
+            ax.plot(1.02 * end, y, arrow, color=mark["color"], ms=7)
+    ax.plot(np.clip(row.effect, -limit, limit), y, **mark)
+    ax.plot(row.margin, y, **MARGIN_MARK)
+    ax.errorbar(row.paper_effect, y + 0.25, xerr=1.96 * row.paper_error, **PAPER_MARK)
 
 
 def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
