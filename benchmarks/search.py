@@ -6,7 +6,8 @@ Every candidate is trained with seed 0 on every object in DIR, then the best fiv
 seeds, several at a time. Each finished training appends a line to FOLDER/search.jsonl: image AUROC,
 percent, at the end of the schedule, with features as they are and of length one, and with the
 density fitted to the normal images alone or to two shifted, jittered copies of each as well. A line
-that is there is not measured again. ``--device cpu --updates 2 --jobs 1`` tries it without a GPU.
+of that device and length is not measured again. ``--device cpu --updates 2 --jobs 1`` tries it
+without a GPU.
 """
 
 import argparse
@@ -83,19 +84,24 @@ def turned(pixels: Tensor) -> Tensor:
     return torch.cat([*quarters, *(part.flip(3) for part in quarters)])
 
 
+def updates(name: str, args: argparse.Namespace) -> int:
+    """How long a candidate is trained."""
+    own = (BASE | CANDIDATES[name][1])["updates"]
+    return args.updates or own if own else 0
+
+
 def trial(name: str, category: str, seed: int, args: argparse.Namespace) -> dict:
     """Train one candidate on one object, and score its test images."""
     normal, copies, test, labels = images(args.data, category)
     sides, changes, turns = CANDIDATES[name]
-    fields = BASE | changes
-    if args.updates and fields["updates"]:
-        fields["updates"] = args.updates
+    fields = BASE | changes | {"updates": updates(name, args)}
     head = {"method": "cutpaste_3way", "category": category, "seed": seed, "dataset": "own"}
     run = Run(**head, crop=max(sides), **fields)
     train.crop_side = lambda run, update: sides[update % len(sides)]
     net, history = train.fit(run, turned(normal) if turns else normal, args.device)
     features, more, tested = (embed(net.eval(), x) for x in (normal, copies, test))
-    row = {"name": name, "object": category, "seed": seed, "device": args.device}
+    row = {"name": name, "object": category, "seed": seed}
+    row |= {"device": args.device, "updates": run.updates}
     if len(history):
         row["accuracy"] = round(history["accuracy"].tail(10).mean(), 3)
         row["seconds"] = round(history["seconds"].iloc[-1], 1)
@@ -126,6 +132,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
+    rows = [
+        r for r in rows if (r["device"], r["updates"]) == (args.device, updates(r["name"], args))
+    ]
     objects = sorted(path.name for path in Path(args.data).iterdir() if path.is_dir())
 
     def mean(name: str) -> float:

@@ -1,9 +1,9 @@
 """The paper's idea: an image with an anomaly, made from a normal image and a patch of itself.
 
 Each augmentation is a pure function of a batch x (B, 3, H, W) of floats in [0, 1], and of draws
-u (B, k), uniform in [0, 1). The same draws make the same images on every device. The number k is
-noted on the function (``@draws``). Every image has draws of its own; the batch is not modified.
-Numbers of sections and appendices are the paper's.
+u (B, k), uniform in [0, 1). The same draws make the same images on every device, up to rounding.
+The number k is noted on the function (``@draws``). Every image has draws of its own; the batch is
+not modified. Numbers of sections and appendices are the paper's.
 """
 
 import math
@@ -279,8 +279,8 @@ def jitter(
     """Change brightness, contrast, saturation and hue at random, in this order (A.1, A.2).
 
     The paper names no order: this one is our choice. ``x`` is (B, 3, ...) in [0, 1]. ``strength``
-    holds the largest change of each, as in torchvision's ColorJitter. ``weight`` (B, ...) says
-    which pixels count in the mean that contrast needs.
+    holds the largest change of each, at most 1, as in torchvision's ColorJitter. ``weight``
+    (B, ...) says which pixels count in the mean that contrast needs.
     """
     if not any(strength):
         return x

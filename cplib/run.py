@@ -14,6 +14,7 @@ from cplib.datasets import DATASETS
 BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageNet features
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Range = tuple[float, float]  # from the smallest to the largest value
+Share = Annotated[float, Field(ge=0, le=1)]
 # Fields of scoring alone: runs that differ only in these share one trained network.
 SCORING = (
     "l2_normalise",
@@ -62,13 +63,13 @@ class Run:
     head: tuple[int, ...] = (512, 128)  # hidden widths of the projection head
     head_batchnorm: bool = True  # after each hidden layer
     translate: float = 0.125  # largest shift of every image, a share of its side
-    jitter: tuple[float, float, float, float] = (0.1, 0.1, 0.1, 0.0)  # see augment.jitter
+    jitter: tuple[Share, Share, Share, Share] = (0.1, 0.1, 0.1, 0.0)  # see augment.jitter
     area: Range = (0.02, 0.15)  # of the patch, a share of the image (A.2)
     aspect: Range = (0.3, 3.3)  # drawn evenly from below or above one (A.2)
     scar_width: Range = (2.0, 16.0)
     scar_length: Range = (10.0, 25.0)
     scar_angle: float = 45.0  # degrees either way
-    patch_jitter: float = 0.1  # of what is pasted (A.2)
+    patch_jitter: Share = 0.1  # of what is pasted (A.2)
     confetti_side: Range = (9.0, 62.0)  # of Table 4's confetti, 8 to 54 of 224 in FCDD
     confetti_blur: float = 5.7  # standard deviation; 5 of 224 in FCDD
     l2_normalise: bool = False  # features of length one, as in the authors' earlier code

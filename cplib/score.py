@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from cplib.density import PLACE_BATCH, Gaussian, PositionGaussians, l2_normalise, moments
 from cplib.localize import gradcam, level_features, positions, upsample, window_features
-from cplib.model import PretextNet, embed
+from cplib.model import PretextNet, embed, in_batches
 from cplib.run import Run
 
 IMAGE_BATCH = 32  # images whose features are in memory together
+ROWS = {"cpu": 2**40, "cuda": 2**15}  # features that a Gaussian of all places takes at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Scorer:
             density = fit_density(run, features(run, net, normal, level=level), device)
         else:  # never all of them in memory
             parts = (features(run, net, part) for part in normal.split(IMAGE_BATCH))
-            chunks = (part.flatten(0, 1).to(device) for part in parts)
+            rows = (z for part in parts for z in part.flatten(0, 1).split(ROWS[device.type]))
+            chunks = (z.to(device) for z in rows)
             density = Gaussian.from_moments(*moments(chunks), reg_covar=run.reg_covar)
         return cls(run, net, density, level)
 
@@ -109,12 +111,14 @@ def score_features(density: Gaussian | PositionGaussians, z: Tensor) -> Tensor:
     """Scores (N, P) of features z (N, P, D)."""
     if isinstance(density, PositionGaussians):
         return density.score(z)
-    on_device = z.to(density.mean.device)
+    device = density.mean.device
     if density.mean.dim() == 2:
-        scores = density.score(on_device.transpose(0, 1)).T
-    else:
-        scores = density.score(on_device.flatten(0, 1)).unflatten(0, z.shape[:2])
-    return scores.to(z.device)
+        return density.score(z.to(device).transpose(0, 1)).T.to(z.device)
+
+    def scores(part: Tensor) -> Tensor:
+        return density.score(part.to(device)).to(z.device)
+
+    return in_batches(scores, z.flatten(0, 1), ROWS[device.type]).unflatten(0, z.shape[:2])
 
 
 def upsample_scores(run: Run, scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -20,6 +20,7 @@ from cplib.run import PRECISIONS, Run
 from cplib.settings import setting
 
 HISTORY_ROWS = 100  # at most
+FUSED = ("cuda",)  # devices on which an optimiser is one launch, and never waits
 STOCHASTIC = ("efficientnet_b4",)  # backbones that draw, too: they drop layers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CPUS = ("amx_bf16", "avx512_bf16", "bf16")  # units of processors; the last is ARM's
@@ -112,11 +113,14 @@ def optimiser(run: Run, net: PretextNet) -> torch.optim.Optimizer:
     """The run's optimiser of all parameters that are not frozen: SGD (A.1) or AdamW."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     rates = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
-    # Fused: one launch, and GradScaler does not wait for the device.
-    rates["fused"] = parameters[0].is_cuda or None
+    fused = parameters[0].device.type in FUSED
+    rates["fused"] = fused or None
     if run.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **rates)
-    return torch.optim.SGD(parameters, momentum=run.momentum, **rates)
+    optimizer = torch.optim.SGD(parameters, momentum=run.momentum, **rates)
+    for p in parameters if fused else ():  # else torch leaves it unset if fp16 overflows at once
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def training(

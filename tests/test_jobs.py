@@ -563,13 +563,17 @@ def test_runs_of_older_draws_count_until_one_is_newer_and_are_made_anew_with_dat
     (line,) = Workspace(here, ("sieve",), copied).remarks({run: [] for run in RUNS})
     assert line.startswith("3 stored runs of brick, sieve were made with other random draws.")
     same, line = rerun(run_folder(SIEVE, copied.results), copied)
-    assert (same, line) == (False, "made with version 1 of the random draws, not 2: not repeated")
+    assert (same, line) == (False, "not repeated: made with version 1 of the random draws, not 2")
     old = read_checkpoint(checkpoint_file(SIEVE, copied.results))[0]
     execute(SIEVE, copied)
     new = read_checkpoint(checkpoint_file(SIEVE, copied.results))[0]
     assert ("draws" in old, new["draws"]) == (False, "2")
     assert list(stock(RUNS, copied).finished) == [SIEVE]
     assert stock(RUNS, copied).todo == [BRICK, SECOND]
+    baseline = execute(UNTRAINED, copied)
+    change_record(baseline, draws=1)  # nothing was drawn
+    assert list(stock([*RUNS, UNTRAINED], copied).finished) == [SIEVE, UNTRAINED]
+    assert list(stock([BRICK, UNTRAINED], copied).finished) == [BRICK, UNTRAINED]
 
 
 def test_folders_are_listed_once_however_many_runs_are_planned(copied, monkeypatch):

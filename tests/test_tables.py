@@ -308,7 +308,7 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
     name = "table1_image_level"
     found = compare(quick, name, values(quick, name))
     assert result(found, name).endswith(
-        "CutPaste-3way is lowest on tile (80.0). Its difference from the paper, in points: "
+        "CutPaste-3way is lowest on tile (80.0). CutPaste-3way less the paper's, in points: "
         "pill -2.4, transistor -11.5, tile -13.4."
     )
     assert result(found[:0], name) == "Nothing is measured yet."

@@ -198,6 +198,24 @@ def test_training_is_gradient_descent_with_momentum_and_weight_decay(pixels):
     assert (mine - theirs).norm() < 0.02 * (theirs - start).norm()
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_fused_optimiser_survives_gradients_that_overflow_at_once(monkeypatch, name):
+    found = []
+    for fused in ((), ("cpu",)):
+        monkeypatch.setattr(train, "FUSED", fused)
+        torch.manual_seed(0)
+        net = torch.nn.Linear(64, 4)
+        optimizer = train.optimiser(replace(TINY, optimizer=name), net)
+        scaler = torch.amp.GradScaler("cpu")
+        for factor in (math.inf, 1.0, 1.0):
+            optimizer.zero_grad()
+            scaler.scale((net(torch.ones(2, 64)) * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(net.weight.detach())
+    torch.testing.assert_close(*found)
+
+
 def test_adamw_is_torchs_with_the_runs_rates():
     optimizer = train.optimiser(replace(ADAMW, weight_decay=0.1), build(ADAMW))
     assert type(optimizer) is torch.optim.AdamW

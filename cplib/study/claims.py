@@ -53,7 +53,8 @@ LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interv
 MOST_CATEGORIES = 1000  # of those that would decide a claim
 AVERAGED = groups(MVTEC.categories)  # the categories of each average that the paper prints
 COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "effect", "error"]
-COLUMNS += ["here_low", "here_high", "low", "high", "margin", "paper_effect", "paper_error"]
+COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
+COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "needed", "compared", "comparisons"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
@@ -170,6 +171,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row["paper"] = NOT_PRINTED
     if papers[pair]:
         row |= {"paper_effect": papers[pair].mean, "paper_error": papers[pair].error}
+        row |= dict(zip(("paper_low", "paper_high"), papers[pair].here(), strict=True))
     if all(papers.values()):
         answer = _agreement([(found[p], papers[p]) for p in found])
         row["paper"] = OPEN if answer == AGREES and not complete else answer
@@ -326,7 +328,7 @@ def summary(table: pd.DataFrame) -> str:
         text += f" {question} {'; '.join(found).capitalize()}."
     chance = 0.025 * (~table["here"].isin([ONE_SEED, NOT_MEASURED])).sum()
     said = f" If no claim were true, chance would say yes to about {chance:.1f} here."
-    return text + said * bool(chance)
+    return text + said * (chance >= 0.05)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -390,9 +392,9 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     note = (
         f"Profile {workspace.profile.name}. {summary(table)} Each answer is at 95 %. Differences "
         "are in points of AUROC, ± one standard error: ours from the seeds, the paper's from its "
-        "own, on the same categories. Of several comparisons the weakest. Without training: the "
-        "same with a random or an ImageNet network in place of the trained one, the better of the "
-        f"two. Like the paper: to {AGREE:g} points."
+        "own, on the same categories. If a claim has several comparisons, the weakest is shown. "
+        "Without training: the same with a random or an ImageNet network in place of the trained "
+        f"one, the better of the two. 'Agrees' means within {AGREE:g} points of the paper."
     )
     path = save_markdown(workspace.results, "claims", note, [readable(table)])
     write_csv(path.with_suffix(".csv"), table)

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from cplib.augment import pasted_copies
+from cplib.augment import DRAWS_VERSION, pasted_copies
 from cplib.datasets import Images
 from cplib.metrics import auroc_between
 from cplib.model import PretextNet
@@ -39,6 +39,7 @@ def features(
     neighbours: int = 5,  # looked at for the mixing
     perplexity: float = 30.0,  # t-SNE's; less where there are fewer than 91 images
     umap_neighbours: int = 15,
+    draws: int = DRAWS_VERSION,  # of the pasted copies; a record of other draws is made anew
 ) -> dict:
     """The features of an image-level run, compared and projected. The paper names no constant.
 

@@ -171,7 +171,8 @@ def _forest_row(ax, y: int, row, limit: float) -> None:
             ax.plot(1.02 * end, y, arrow, color=mark["color"], ms=7)
     ax.plot(np.clip(row.effect, -limit, limit), y, **mark)
     ax.plot(row.margin, y, **MARGIN_MARK)
-    ax.errorbar(row.paper_effect, y + 0.25, xerr=1.96 * row.paper_error, **PAPER_MARK)
+    ax.plot([row.paper_low, row.paper_high], 2 * [y + 0.25], color="black", lw=1)
+    ax.plot(row.paper_effect, y + 0.25, **PAPER_MARK)
 
 
 def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:

@@ -34,7 +34,7 @@ HOST_BYTES = 6 * 2**30  # of the machine's memory, where a job works on a GPU
 RETRIES = 20  # of a run whose node was lost; a run that kills its process must end, too
 BAR = "{desc}: {n} of {total} done, {remaining} left"
 Planned = dict[Run, list[str]]  # runs, each with the names of the measures wanted of it
-FULL = "the GPU's memory is full: set CPLIB_JOBS to fewer, or take fewer sources (profiles.toml)"
+FULL = "the GPU's memory is full: set CPLIB_JOBS to fewer; fewer sources take less in training"
 TOLERANCE = 0.1  # of the scores' standard deviation, between devices
 
 
@@ -68,7 +68,7 @@ class Job:
             try:
                 keep(name, run, self.net, self._load(run), self.places)
             except Exception as error:  # the others are measured all the same
-                errors.append(error)
+                errors.append(error.with_traceback(None))  # which holds tensors
         if errors:
             raise errors[0]
 
@@ -328,7 +328,7 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
     run, record, metrics = store.read(folder)
     if record["draws"] != DRAWS_VERSION:
         versions = f"version {record['draws']} of the random draws, not {DRAWS_VERSION}"
-        return False, f"made with {versions}: not repeated"
+        return False, f"not repeated: made with {versions}"
     run = replace(run, precision=record["precision"])
     for split, stored in record["data"].items():
         images = datasets.load(places.data, run.category, split, run.size)

@@ -194,12 +194,16 @@ def _measurable(run: Run, places: Places) -> bool:
 
 
 def _state(run: Run, name: str, places: Places) -> str:
-    """Whether a record is missing, today's or out of date; one without constants is today's."""
+    """Whether a record is missing, today's or out of date.
+
+    One without constants counts as today's, but of the first version of the random draws.
+    """
     record = store.read_record(store.run_folder(run, places.results) / f"{name}.json")
     if record is None:
         return "missing"
     known = constants(name)
-    return "today's" if record.get("constants", known) == known else "out of date"
+    unsaid = known | {"draws": 1} if "draws" in known else known
+    return "today's" if record.get("constants", unsaid) == known else "out of date"
 
 
 # How a record becomes rows of a table

@@ -332,7 +332,7 @@ def result(table: pd.DataFrame, name: str) -> str:
             parts += [f"{NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."]
         gaps = own.eval("mean - published_mean").dropna().sort_values(ascending=False).round(1)
         said = ", ".join(f"{NAMES[c]} {gap:+.1f}" for c, gap in gaps.items())
-        parts += [f"Its difference from the paper, in points: {said}."] if said else []
+        parts += [f"{NAMES[main]} less the paper's, in points: {said}."] if said else []
     return " ".join(parts)
 
 

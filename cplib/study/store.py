@@ -251,10 +251,10 @@ def stock(planned: Iterable[Run], places: Places) -> Stock:
 
     A stored run counts for the images it was measured on: it is outdated where ``places.data``
     has other training or test images of its category. Without data, or where the data lack the
-    category, every stored run counts. A run made with an older version of the random draws is
-    finished only while none of the planned runs has a newer one: versions are not mixed. It is to
-    do where its images are here. A folder that is not a run is named in a warning and left: its run
-    is neither finished nor to do.
+    category, every stored run counts. A training of an older version of the random draws is
+    finished only while none of the planned ones is newer: versions are not mixed. It is to do where
+    its images are here. A folder that is not a run is named in a warning and left: its run is
+    neither finished nor to do.
     """
     found, there = Stock({}, {}, {}, []), stored(places.results)
     at_hand = datasets.categories(places.data) if places.data else ()
@@ -272,13 +272,14 @@ def stock(planned: Iterable[Run], places: Places) -> Stock:
             found.outdated[run] = record
         else:
             found.finished[run] = record, metrics
-            if run.category in at_hand and record["draws"] != DRAWS_VERSION:
+            old = run.needs_training and record["draws"] != DRAWS_VERSION
+            if old and run.category in at_hand:
                 found.older[run] = record
         if run in found.outdated or run in found.older:
             found.todo.append(run)
-    newest = max((record["draws"] for record, _ in found.finished.values()), default=0)
-    for run, (record, _) in [*found.finished.items()]:
-        if record["draws"] != newest:
+    versions = {r: record["draws"] for r, (record, _) in found.finished.items() if r.needs_training}
+    for run in versions:
+        if versions[run] != max(versions.values()):
             del found.finished[run]
     return found
 
