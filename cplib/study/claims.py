@@ -328,7 +328,7 @@ def summary(table: pd.DataFrame) -> str:
         text += f" {question} {'; '.join(found).capitalize()}."
     chance = 0.025 * (~table["here"].isin([ONE_SEED, NOT_MEASURED])).sum()
     said = f" If no claim were true, chance would say yes to about {chance:.1f} here."
-    return text + said * (chance >= 0.05)
+    return text + (said if chance >= 0.05 else "")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
