@@ -32,7 +32,7 @@ def test_a_check_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys, f
         return found, 1, "apart"
 
     monkeypatch.setattr(check, "checks", lambda device: {"one": one, "two": lambda: (1, 1, "")})
-    monkeypatch.setattr(sys, "argv", ["check.py"])
+    monkeypatch.setattr(sys, "argv", ["check.py", "--device", "cpu"])
     state = "skipped" if isinstance(found, ImportError) else "FAILED"
     assert check.main() == (state == "FAILED")
     first, second = capsys.readouterr().out.splitlines()
