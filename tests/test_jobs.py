@@ -572,6 +572,7 @@ def test_runs_of_older_draws_count_until_one_is_newer_and_are_made_anew_with_dat
     assert stock(RUNS, copied).todo == [BRICK, SECOND]
     baseline = execute(UNTRAINED, copied)
     change_record(baseline, draws=1)  # nothing was drawn
+    assert rerun(baseline, copied) == (True, "the same scores, byte for byte")
     assert list(stock([*RUNS, UNTRAINED], copied).finished) == [SIEVE, UNTRAINED]
     assert list(stock([BRICK, UNTRAINED], copied).finished) == [BRICK, UNTRAINED]
 

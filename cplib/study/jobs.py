@@ -322,11 +322,11 @@ def rerun(folder: str | Path, places: Places) -> tuple[bool, str]:
 
     On the same CPU with the stored number of threads they must agree to the byte; across devices
     to TOLERANCE of their spread, which long trainings exceed: rounding differs between devices.
-    A run made with another version of the random draws is not repeated.
+    A training of another version of the random draws is not repeated.
     Raises ValueError where the data are not the stored run's.
     """
     run, record, metrics = store.read(folder)
-    if record["draws"] != DRAWS_VERSION:
+    if run.needs_training and record["draws"] != DRAWS_VERSION:
         versions = f"version {record['draws']} of the random draws, not {DRAWS_VERSION}"
         return False, f"not repeated: made with {versions}"
     run = replace(run, precision=record["precision"])
