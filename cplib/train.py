@@ -251,7 +251,10 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
 
 def crop_side(run: Run, update: int) -> int:
     """Side in pixels of the crops that an update uses; 0 for whole images."""
-    return run.crop if update < run.total_updates - round(run.whole * run.updates) else 0
+    if update >= run.total_updates - round(run.whole * run.updates):
+        return 0
+    sides = (run.crop,) if isinstance(run.crop, int) else run.crop
+    return sides[update % len(sides)]
 
 
 def batch(
