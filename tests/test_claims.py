@@ -14,6 +14,7 @@ from cplib.datasets import DEMO, MVTEC
 from cplib.study import claims
 from cplib.study.claims import CLAIMS, LEAST_CATEGORIES, Estimate, contrast, measured, verdicts
 from cplib.study.features import GROUPS, PAIRS
+from cplib.study.figures import ANSWER_MARKS
 from cplib.study.paper import PRINTED, published
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.store import Places, run_folder
@@ -212,7 +213,7 @@ def test_table_6_is_compared_over_the_categories_that_were_painted_on():
     [
         (-1, 3, "yes"),
         (0.5, 3, "yes"),  # and training adds something
-        (0.97, 3, "yes, untrained, too"),
+        (0.97, 3, "yes, without training, too"),
         (0.97, 1, "one seed"),
     ],
 )
@@ -346,7 +347,7 @@ def test_every_committed_claim_whose_values_have_two_seeds_is_answered_here():
         named = {*claim.order.replace(">", "").split()} or {*found}
         named -= {"pretrained", "pool_pretrained", "level7_pretrained"}  # without seeds
         least = min(found[name].groupby("category").size().min() for name in named & {*found})
-        assert row.here in {"yes", "yes, untrained, too", "no", "open"} or least == 1, claim.id
+        assert row.here in {claims.YES, claims.UNTRAINED, claims.NO, claims.OPEN} or least == 1
 
 
 # Intervals
@@ -400,26 +401,33 @@ def some():
     return verdicts(frames | {T7: along_rates((90, 90, 90, 90), noise=8)})
 
 
-def test_the_readable_table_has_a_row_a_claim_and_says_the_effect(some):
+def test_the_readable_table_has_a_row_a_claim_by_answer_and_says_the_effect(some):
     grid = claims.readable(some)
-    assert list(grid.index) == list(CLAIMS["claim"])
-    answers = {"yes", "yes, untrained, too", "no", "open", "one seed", "not measured"}
-    assert {*grid["here"]} == answers
+    assert sorted(grid.index) == sorted(CLAIMS["claim"])
+    assert list(grid["here"].unique()) == [f"**{word.capitalize()}**" for word in claims.ANSWERS]
+    assert [*ANSWER_MARKS] == [*claims.ANSWERS]  # of the figure
     assert "nan" not in " ".join(grid.to_numpy().ravel())
-    missing = grid[grid["here"] == "not measured"]
+    missing = grid[grid["here"] == "**Not measured**"]
     assert (missing[["ours", "the paper", "without training"]] == "").all(axis=None)
     row = some.set_index("id").loc["3way-over-cutpaste"]
     assert grid.loc[row.claim, "ours"] == f"{row.effect:+.1f}±{row.error:.1f}"
     assert grid.loc[row.claim, "elsewhere"] == "yes, 5 categories"
+    for needed, words in ((15, "15 would decide"), (16, "not decidable on MVTec AD")):
+        grid = claims.readable(some.assign(needed=needed))
+        assert grid.loc[row.claim, "elsewhere"] == f"yes, 5 categories; {words}"
 
 
 def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
-    found = some[some["source"] != claims.OURS]["here"].value_counts()
-    text = claims.summary(some)
-    assert text.startswith("We list 25 claims of the paper. Do they hold on the categories")
-    assert found.sum() == 25 and f"not measured: {found['not measured']}. Is our" in text
+    ours = some[some["source"] != claims.OURS]
+    found, text = ours["here"].value_counts(), claims.summary(some)
+    assert text.startswith(f"Of 25 claims of the paper we confirm {found['yes']}, ")
+    assert f"refute {found['no']}, leave {found['open']} open, have one seed for " in text
+    assert f" and have not measured {found['not measured']}, on the categories" in text
     answered = found.sum() - found[["one seed", "not measured"]].sum()
-    assert f"yes to about {0.025 * answered:.1f} here." in text
+    assert f"chance would confirm about {0.025 * answered:.1f}." in text
+    printed = ours.dropna(subset=["effect", "paper_effect"])
+    same = sum(np.sign(printed["effect"]) == np.sign(printed["paper_effect"]))
+    assert f"prints {len(printed)} of these differences: {same} of ours have its sign" in text
 
 
 def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):

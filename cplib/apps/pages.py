@@ -185,7 +185,7 @@ def _figures(results: Path, notebook, number: str) -> dict[str, str]:
 def _findings(results: Path) -> list[str]:
     """Two averages beside their nulls and the paper's, and how many claims have which answers."""
     found, file = averages(results), results / "tables" / "claims.csv"
-    if file.exists() and "here" in (claims := pd.read_csv(file, keep_default_na=False)):
+    if file.exists() and "here" in (claims := pd.read_csv(file)):
         found.append(summary(claims))  # an older version's file has no answers
     return found or ["Nothing is measured yet."]
 

@@ -35,22 +35,25 @@ from cplib.study.workspace import Workspace
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 OURS = "Not in the paper"  # the source of our own questions
-YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, untrained, too"
+YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, without training, too"
 ONE_SEED, NOT_MEASURED = "one seed", "not measured"
 AGREES, SMALLER, LARGER, OPPOSITE, NOT_PRINTED = "agrees", "smaller", "larger", "opposite", ""
-WORDS = (YES, UNTRAINED, NO, AGREES, SMALLER, LARGER, OPPOSITE, OPEN, ONE_SEED, NOT_MEASURED, "")
-QUESTIONS = {
-    "here": "Do they hold on the categories measured here?",
-    "paper": "Is our difference the paper's on the same categories?",
-    "elsewhere": "Do they hold elsewhere, for categories not tried?",
+ANSWERS = {  # in the order in which they are shown, and what we do with so many claims
+    YES: "confirm {}",
+    UNTRAINED: "confirm {} without training, too",
+    NO: "refute {}",
+    OPEN: "leave {} open",
+    ONE_SEED: "have one seed for {}",
+    NOT_MEASURED: "have not measured {}",
 }
+QUESTIONS = ("here", "paper", "elsewhere")
 AGREE = 2.0  # points
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
 SEPARATION = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
-MOST_CATEGORIES = 1000  # of those that would decide a claim
+MOST_CATEGORIES = 1000  # that are tried for ``needed``
 AVERAGED = groups(MVTEC.categories)  # the categories of each average that the paper prints
 COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "effect", "error"]
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
@@ -133,8 +136,8 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     categories. ``null_effect`` is the difference without training.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
-    "no" if one lies below, corrected for the number of comparisons; "yes, untrained, too" if the
-    null holds as well and training adds nothing that is certain; "one seed" where a value has no
+    "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
+    well and training adds nothing that is certain; "one seed" where a value has no
     second seed; else "open". Elsewhere is answered in the same way, without the null. The paper:
     "agrees" if every difference less the paper's lies within AGREE points; "larger", "smaller" or
     "opposite" if one lies beyond; else "open"; empty where the paper prints no number.
@@ -321,32 +324,46 @@ def categories_needed(gaps: pd.Series, comparisons: int = 1) -> float:
 def summary(table: pd.DataFrame) -> str:
     """How many of the paper's claims have which answers, in a few sentences."""
     table = table[table["source"] != OURS]
-    text = f"We list {len(table)} claims of the paper."
-    for name, question in QUESTIONS.items():
-        counts = table[name].value_counts()
-        found = [f"{word or 'not printed'}: {counts[word]}" for word in WORDS if word in counts]
-        text += f" {question} {'; '.join(found).capitalize()}."
+    here, elsewhere = (_counted(table[question]) for question in ("here", "elsewhere"))
+    text = f"Of {len(table)} claims of the paper we {here}, on the categories measured here."
     chance = 0.025 * (~table["here"].isin([ONE_SEED, NOT_MEASURED])).sum()
-    said = f" If no claim were true, chance would say yes to about {chance:.1f} here."
-    return text + (said if chance >= 0.05 else "")
+    if chance >= 0.05:
+        text += f" If no claim were true, chance would confirm about {chance:.1f}."
+    text += f" For categories not tried, we {elsewhere}."
+    printed = table.dropna(subset=["effect", "paper_effect"])
+    same = (printed["effect"] * printed["paper_effect"] > 0).sum()
+    if len(printed):
+        text += f" The paper prints {len(printed)} of these differences: {same} of ours have its"
+        text += f" sign, {len(printed) - same} have not."
+    return text
+
+
+def _counted(answers: pd.Series) -> str:
+    """How often each answer is given: "confirm 1, refute 2 and leave 3 open"."""
+    counts = answers.value_counts()
+    *most, last = (words.format(counts[k]) for k, words in ANSWERS.items() if k in counts)
+    return " and ".join(filter(None, [", ".join(most), last]))
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The claims as a person reads them: a row a claim, texts only."""
-    rows = {}
+    """The claims as a person reads them: a row for each claim, by the answer here, texts only."""
+    rows, rank = {}, [*ANSWERS].index
+    table = table.sort_values("here", key=lambda answers: answers.map(rank), kind="stable")
     for row in table.itertuples():
         weakest = (row.weakest, row.compared) if row.comparisons > 1 else ()
         where = f", {row.categories} categor{'y' if row.categories == 1 else 'ies'}"
-        needed = f"; {row.needed:.0f} would decide".replace("inf", f"over {MOST_CATEGORIES}")
+        needed = f"; {row.needed:.0f} would decide"
+        if row.needed > len(MVTEC.categories):
+            needed = "; not decidable on MVTec AD"
         more = where * (row.categories > 0) + needed * pd.notna(row.needed)
         rows[row.claim] = {
-            "where": row.source,
+            "here": f"**{row.here.capitalize()}**",
             "ours": _points(row.effect, row.error, row.margin, *weakest),
             "the paper": _points(row.paper_effect, row.paper_error),
             "without training": _points(row.null_effect, of=row.null),
-            "here": row.here,
             "like the paper": row.paper,
             "elsewhere": row.elsewhere + more,
+            "where": row.source,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
 
@@ -383,7 +400,7 @@ def seen(workspace: Workspace, *names: str) -> str:
         said += f"; the paper {row['the paper']}" * bool(row["the paper"])
         said += f" ({row['like the paper']})" * bool(row["like the paper"])
         said += f". Without training {row['without training']}" * bool(row["without training"])
-        lines.append(f"- **{row['here'].capitalize()}**: {claim} {said}{'.' * bool(said)}".rstrip())
+        lines.append(f"- {row['here']}: {claim} {said}{'.' * bool(said)}".rstrip())
     return "\n".join(lines)
 
 

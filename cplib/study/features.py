@@ -1,4 +1,4 @@
-"""What features look like (Fig. 3): projections to the plane, and numbers for what the eye sees."""
+"""What features look like (Fig. 3): projections to two dimensions, and how far groups are apart."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,7 @@ import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -25,7 +23,6 @@ from cplib.train import augmentation_kwargs
 
 GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
-NUMBERS = ("classifier_auroc", "mixing", "silhouette")
 
 
 def features(
@@ -36,7 +33,6 @@ def features(
     *,
     limit: int = 120,  # images of a group at most, evenly spread over the test set
     folds: int = 5,  # of the classifier's cross-validation
-    neighbours: int = 5,  # looked at for the mixing
     perplexity: float = 30.0,  # t-SNE's; less where there are fewer than 91 images
     umap_neighbours: int = 15,
     draws: int = DRAWS_VERSION,  # of the pasted copies; a record of other draws is made anew
@@ -44,8 +40,8 @@ def features(
     """The features of an image-level run, compared and projected. The paper names no constant.
 
     Holds ``gaussian_auroc`` of each group against the normal images (eq. 2), the ``pairs`` with
-    their ``separability``, and for each projection the groups' points, [[x, ...], [y, ...]]. Empty
-    with fewer than two normal or two anomalous test images.
+    their ``classifier_auroc`` (``separability``), and for each projection the groups' points,
+    [[x, ...], [y, ...]]. Empty with fewer than two normal or two anomalous test images.
     """
     if min(int((test.labels == k).sum()) for k in (0, 1)) < 2:
         return {}
@@ -61,7 +57,8 @@ def features(
         points = {name: np.split(xy.T, cuts, 1) for name, xy in points.items()}
         good, *others = np.split(scores, cuts)
         aurocs = [auroc_between(good, other) for other in others]
-        apart = {f"{a} {b}": separability(parts[a], parts[b], folds, neighbours) for a, b in PAIRS}
+        apart = {f"{a} {b}": separability(parts[a], parts[b], folds) for a, b in PAIRS}
+    apart = {pair: {"classifier_auroc": auroc} for pair, auroc in apart.items()}
     record = {"gaussian_auroc": dict(zip(GROUPS[1:], aurocs, strict=True)), "pairs": apart}
     for name, groups in points.items():
         record[name] = {g: xy.tolist() for g, xy in zip(GROUPS, groups, strict=True)}
@@ -102,7 +99,7 @@ def _spread(pixels: torch.Tensor, limit: int) -> torch.Tensor:
 def project(
     groups: dict[str, np.ndarray], perplexity: float, umap_neighbours: int
 ) -> dict[str, np.ndarray]:
-    """All groups' features on the plane, (N, 2), by t-SNE and by UMAP; both start from PCA.
+    """All groups' features in two dimensions, (N, 2), by t-SNE and UMAP; both start from PCA.
 
     The same features and seed give the same points. ValueError for fewer than four images.
     """
@@ -119,41 +116,56 @@ def project(
     return {name: xy.astype(float).round(2) for name, xy in made.items()}
 
 
-def separability(
-    a: np.ndarray, b: np.ndarray, folds: int, neighbours: int
-) -> dict[str, float | None]:
-    """How far two groups of features (N, D) lie apart; None where one has fewer than two.
+def separability(a: np.ndarray, b: np.ndarray, folds: int) -> float:
+    """How well a plane separates two groups of features (N, D): AUROC, percent.
 
-    ``classifier_auroc``, percent, of a cross-validated logistic regression that tells them apart,
-    mean over the folds: 50 where they overlap, 100 where a plane parts them.
-    ``mixing``: the share of nearest neighbours that are of the other group, in percent of what
-    chance gives, 0 to about 100. ``silhouette``: 0 where they overlap, 1 for two tight clusters.
+    That of a cross-validated logistic regression, mean over the folds: 50 where the groups overlap.
     """
-    if min(len(a), len(b)) < 2:
-        return dict.fromkeys(NUMBERS)
     x, y = np.concatenate([a, b]), np.repeat([0, 1], [len(a), len(b)])
     parts = StratifiedKFold(min(folds, len(a), len(b)), shuffle=True, random_state=0)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    auroc = cross_val_score(model, x, y, cv=parts, scoring="roc_auc").mean()
-    found = 100 * auroc, 100 * _mixing(x, y, neighbours), silhouette_score(x, y)
-    return dict(zip(NUMBERS, map(float, found), strict=True))
-
-
-def _mixing(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:
-    """The share of other labels among nearest neighbours, over its mean under random labels."""
-    nearest = NearestNeighbors(n_neighbors=min(neighbours, len(x) - 1)).fit(x)
-    others = y[nearest.kneighbors(return_distance=False)] != y[:, None]
-    n, ones = len(y), int(y.sum())
-    return others.mean() / (2 * ones * (n - ones) / (n * (n - 1)))
+    return float(100 * cross_val_score(model, x, y, cv=parts, scoring="roc_auc").mean())
 
 
 def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
-    """Tidy: a row for each number of a pair of groups, under each (category, method)."""
-    rows = []
+    """AUROC between groups, percent: a row for each (category, method), in whole numbers.
+
+    The Gaussian's, of real anomalies and of pasted copies against normal images; then a plane's, of
+    real anomalies against normal images and against pasted copies (``separability``).
+    """
+    rows = {}
     for key, found in records.items():
-        for group, value in found["gaussian_auroc"].items():
-            rows.append((*key, f"normal vs {group}", "gaussian_auroc", value))
-        for pair, numbers in found["pairs"].items():
-            rows += [(*key, pair.replace(" ", " vs "), *number) for number in numbers.items()]
-    columns = ["category", "method", "pair", "number", "value"]
-    return pd.DataFrame(rows, columns=columns).astype({"value": float})
+        gaussian, pairs = found["gaussian_auroc"], found["pairs"]
+        plane = {pair: numbers["classifier_auroc"] for pair, numbers in pairs.items()}
+        rows[key] = {
+            "Gaussian: real": gaussian["anomaly"],
+            "Gaussian: patch": gaussian["cutpaste"],
+            "Gaussian: scar": gaussian["cutpaste_scar"],
+            "plane: real": plane["normal anomaly"],
+            "plane: real, patch": plane["anomaly cutpaste"],
+            "plane: real, scar": plane["anomaly cutpaste_scar"],
+        }
+    index = pd.MultiIndex.from_tuples(rows, names=["category", "method"])
+    return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
+
+
+def findings(numbers: pd.DataFrame, before: str, after: str) -> str:
+    """What training changed, in words, from a ``table`` with both methods: Markdown."""
+    first, last = (numbers.xs(method, level="method") for method in (before, after))
+    real, scar, plane = "Gaussian: real", "Gaussian: scar", "plane: real"
+    more, beyond = (last > first).sum(), first[plane] - first[real]
+    most = beyond.idxmax()
+    lines = [
+        f"Training raises the Gaussian's AUROC on scars in {more[scar]} of {len(last)} categories, "
+        f"on real anomalies in {more[real]}. Before training, a plane separates real anomalies "
+        f"from normal images better than the Gaussian in {(beyond > 0).sum()}. The largest "
+        f"difference is on {most}: {first[plane][most]} against {first[real][most]}.",
+        "\nThe Gaussian's AUROC before training, then after it:\n",
+    ]
+    for category, old in first.iterrows():
+        new = last.loc[category]
+        lines.append(
+            f"- **{category}**: real anomalies {old[real]}, then {new[real]} (a plane before "
+            f"training: {old[plane]}); scars {old[scar]}, then {new[scar]}."
+        )
+    return "\n".join(lines)

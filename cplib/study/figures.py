@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -109,10 +110,10 @@ def image_grid(
 # Fig. 3's colours, each with a marker of its own for those who see no colour. Normal points are
 # small and lie on top: a pasted copy that the features hardly move lies on its original.
 GROUP_MARKS = {
-    "normal": {"marker": "o", "facecolor": "C0", "edgecolor": "none", "s": 14, "zorder": 3},
-    "anomaly": {"marker": "x", "facecolor": "C3", "s": 34},
-    "cutpaste": {"marker": "^", "facecolor": "none", "edgecolor": "C2", "s": 44},
-    "cutpaste_scar": {"marker": "s", "facecolor": "C8", "edgecolor": "0.3", "s": 44},
+    "normal": {"marker": "o", "facecolor": "C0", "edgecolor": "none", "s": 20, "zorder": 3},
+    "anomaly": {"marker": "x", "facecolor": "C3", "s": 26},
+    "cutpaste": {"marker": "^", "facecolor": "none", "edgecolor": "C2", "s": 34},
+    "cutpaste_scar": {"marker": "s", "facecolor": "none", "edgecolor": "0.3", "s": 44},
 }
 
 
@@ -123,47 +124,48 @@ def scatter(ax: Axes, groups: dict[str, list]) -> None:
     ax.set(xticks=[], yticks=[])
 
 
-ANSWER_MARKS = {  # of a claim's answer here
+ANSWER_MARKS = {  # of a claim's answer here, in the order in which they are shown
     "yes": {"marker": "o", "color": "C2", "ms": 8},
-    "yes, untrained, too": {"marker": "P", "color": "C1", "ms": 8},
+    "yes, without training, too": {"marker": "P", "color": "C0", "ms": 8},
     "no": {"marker": "X", "color": "C3", "ms": 8},
-    "open": {"marker": "s", "color": "C7", "ms": 7},
-    "one seed": {"marker": "o", "color": "C7", "ms": 4},
+    "open": {"marker": "s", "color": "0.35", "ms": 7},
+    "one seed": {"marker": "o", "color": "0.35", "ms": 5},
+    "not measured": {"color": "none"},
 }
 PAPER_MARK = {"marker": "D", "mfc": "none", "mec": "black", "color": "black", "ms": 5, "lw": 1}
 MARGIN_MARK = {"marker": "|", "color": "black", "ms": 12, "mew": 1.5}
 
 
 def forest(table, limit: float = 40.0) -> Figure:
-    """The claims' answers here, as ``study.claims`` gives them: effects with intervals, by source.
+    """The claims, as ``study.claims`` judges them: effects with intervals, by the answer here.
 
-    Percentage points; an arrow stands where something lies beyond ``limit`` on either side.
+    Percentage points; an arrow points to what is beyond ``limit`` on either side.
     """
-    groups = table.groupby(table["source"].str.split(",").str[0], sort=False)
-    heights = [len(part) + 0.9 for _, part in groups]
-    size = (8.5, 0.24 * sum(heights) + 1.2)
-    fig, axes = plt.subplots(len(heights), sharex=True, figsize=size, height_ratios=heights)
-    for ax, (source, part) in zip(axes, groups, strict=True):
-        ax.set_title(source, loc="left", fontsize="small", weight="bold", pad=2)
+    parts = {answer: table[table["here"] == answer] for answer in ANSWER_MARKS}
+    parts = {answer: part for answer, part in parts.items() if len(part)}
+    heights = [len(part) + 0.6 for part in parts.values()]
+    size = (11, 0.4 * sum(heights) + 1)
+    options = {"sharex": True, "squeeze": False, "height_ratios": heights}
+    fig, axes = plt.subplots(len(parts), figsize=size, **options)
+    for ax, (answer, part) in zip(axes[:, 0], parts.items(), strict=True):
+        ax.set_title(f"{answer.capitalize()}: {len(part)}", loc="left", weight="bold", pad=2)
         ax.set(xlim=(-limit - 2, limit + 2), ylim=(len(part) - 0.5, -0.5))
-        ax.set_yticks(range(len(part)), part["id"], fontsize="small")
+        names = [fill(claim, 60) for claim in part["claim"]]
+        ax.set_yticks(range(len(part)), names, fontsize="small")
         ax.axvline(0, color="black", lw=1)
         ax.grid(False, axis="y")
         for y, row in enumerate(part.itertuples()):
             _forest_row(ax, y, row, limit)
-    axes[-1].set_xlabel("difference in AUROC, percentage points")
-    marks = ANSWER_MARKS | {"the paper's": PAPER_MARK, "margin": MARGIN_MARK}
+    ax.set_xlabel("difference in AUROC, percentage points")
+    marks = {"the paper's difference": PAPER_MARK, "margin": MARGIN_MARK}
     marks = [Line2D([], [], label=name, ls="", **mark) for name, mark in marks.items()]
-    fig.legend(handles=marks, loc="outside upper center", ncols=4, fontsize="small")
+    fig.legend(handles=marks, loc="outside upper right", ncols=2, fontsize="small")
     return fig
 
 
 def _forest_row(ax, y: int, row, limit: float) -> None:
     """One claim: our effect, its interval and the margin, and the paper's effect a little below."""
-    mark = ANSWER_MARKS.get(row.here)
-    if not mark:
-        ax.text(limit, y, row.here, color="0.4", ha="right", va="center", fontsize="small")
-        return
+    mark = ANSWER_MARKS[row.here]
     ends = np.clip([row.here_low, row.here_high], -limit, limit)
     ax.plot(ends, [y, y], color=mark["color"], lw=2, solid_capstyle="butt")
     for end, arrow in ((-limit, "<"), (limit, ">")):
