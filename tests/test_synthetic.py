@@ -30,7 +30,7 @@ def box(mask):
 @given(
     shape=st.sampled_from(SHAPES),
     fill=st.sampled_from(FILLS),
-    sides=st.tuples(st.integers(40, 90), st.integers(40, 90)),
+    sides=st.tuples(st.integers(64, 90), st.integers(64, 90)),
     least=st.integers(1, 5),
 )
 def test_exactly_the_mask_is_painted(shape, fill, sides, least):

@@ -191,7 +191,7 @@ def test_table_6_is_the_mean_over_sources_of_what_was_painted(tmp_path):
     for category, auroc in (("tile", 90), ("pill", 70)):
         run = QUICK.run(METHOD, category)
         record(tmp_path, run)
-        text = json.dumps({"image_auroc": dict.fromkeys(SYNTHETIC, auroc)})
+        text = json.dumps({"image_auroc": dict.fromkeys(SYNTHETIC, auroc), "side": [0.1, 0.3]})
         (run_folder(run, tmp_path) / "synthetic-40.json").write_text(text)
     found = values(workspace, name)
     assert found["category"].tolist() == 2 * list(SYNTHETIC)
@@ -199,7 +199,7 @@ def test_table_6_is_the_mean_over_sources_of_what_was_painted(tmp_path):
     tidy = compare(workspace, name, found).query("method == @METHOD")
     assert tidy["mean"].tolist() == 8 * [80]
     text = (tmp_path / "tables" / f"{name}.md").read_text()
-    assert "10% to 30% of a side" in text.splitlines()[0]
+    assert "shapes of 10 to 30 % of a side" in text.splitlines()[0]
 
 
 def scored(results, seed, files, scores):

@@ -196,13 +196,13 @@ def _measurable(run: Run, places: Places) -> bool:
 def _state(run: Run, name: str, places: Places) -> str:
     """Whether a record is missing, today's or out of date.
 
-    One without constants counts as today's, but of the first version of the random draws.
+    One without constants has those of its own fields, and the first version of the random draws.
     """
     record = store.read_record(store.run_folder(run, places.results) / f"{name}.json")
     if record is None:
         return "missing"
     known = constants(name)
-    unsaid = known | {"draws": 1} if "draws" in known else known
+    unsaid = known | {k: v for k, v in ({"draws": 1} | record).items() if k in known}
     return "today's" if record.get("constants", unsaid) == known else "out of date"
 
 

@@ -9,6 +9,7 @@ from cplib import datasets
 from cplib.augment import DRAWS_VERSION
 from cplib.datasets import atomic, write_text
 from cplib.run import Run
+from cplib.study import store
 from cplib.study.paper import (
     AVERAGES,
     KEYS,
@@ -61,6 +62,9 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     parts += ["one setting is changed in each row"] if table.axes else []
     parts += [f"seeds: {seeds}" if (seeds := _seeds(values)) else "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
+    painted = (store.measured(run, row.measure, workspace.results) or {} for row, run in trained)
+    sides = dict.fromkeys(tuple(record["side"]) for record in painted if "side" in record)
+    parts += [f"shapes of {100 * low:.3g} to {100 * high:.3g} % of a side" for low, high in sides]
     records = [record for record, _ in workspace.finished(run for _, run in trained).values()]
     old = {record["draws"] for record in records} - {DRAWS_VERSION}  # versions are not mixed
     parts += [

@@ -27,7 +27,7 @@ SYNTHETIC = (
     *(f"{shape}_color" for shape in SHAPES),
     *(f"{shape}_natural" for shape in SHAPES[1:]),
 )
-SIDE = (0.1, 0.3)  # of a shape's box, a share of the image's shorter side
+SIDE = (1 / 16, 1 / 8)  # of a shape's box, a share of the image's shorter side
 SMALLEST = 4  # pixels: below, the shapes are all alike
 
 

@@ -15,7 +15,6 @@ from cplib.study.measures import ensemble, table_rows
 from cplib.study.paper import ROW
 from cplib.study.profiles import METHOD, PROFILES, TABLE1, Profile
 from cplib.study.store import PEAK
-from cplib.study.synthetic import SIDE
 from cplib.study.workspace import Planned, Workspace
 
 TABLE4 = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
@@ -89,9 +88,9 @@ TABLES = {
         rows=(
             quoted("fcdd", "FCDD (quoted)"),
             quoted("p_svdd", "P-SVDD (quoted)"),
-            patch("untrained", seeds=1),
+            patch("untrained"),
             patch("pretrained"),
-            patch("untrained_shared", "random network (one Gaussian)", "untrained", seeds=1, **ONE),
+            patch("untrained_shared", "random network (one Gaussian)", "untrained", **ONE),
             Row("cutpaste_3way_gradcam", "CutPaste-3way (GradCAM)", METHOD, measure="gradcam"),
             patch("cutpaste_3way_patch", "CutPaste-3way (patch)", METHOD),
             patch(
@@ -116,7 +115,7 @@ TABLES = {
     "table6_synthetic_anomalies": Table(
         notebook="08",
         rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
-        note=f"Painted on the normal test images, {SIDE[0]:.0%} to {SIDE[1]:.0%} of a side.",
+        note="Painted on the normal test images.",
     ),
     "table7_learning_rate_and_epochs": Table(
         notebook="09", axes=("learning_rate", "updates"), categories="categories"
