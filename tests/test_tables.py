@@ -80,8 +80,8 @@ def test_a_network_has_one_run_for_each_way_of_scoring_and_all_measures_of_every
     assert wanted[first] == [
         *("gradcam", "synthetic-20", "density", "features", "gradcam_copies"),
     ]
-    tuned = PROFILES["demo"].run(METHOD, "sieve", protocol="finetune")
-    assert wanted[tuned] == ["level7"]
+    others = [PROFILES["demo"].run(METHOD, "sieve", protocol=p) for p in ("patch", "finetune")]
+    assert [wanted[run] for run in others] == [["maps"], ["level7"]]
     assert wanted[replace(first, seed=1)] == ["gradcam", "synthetic-20", "density"]
 
 

@@ -138,6 +138,7 @@ FIGURES = {
     "gradcam_copies": Table(
         notebook="04", rows=image_rows(METHOD, measure="gradcam_copies", seeds=1)
     ),
+    "maps": Table(notebook="04", rows=(patch(METHOD, measure="maps", seeds=1),)),
 }
 ALL = TABLES | FIGURES
 
