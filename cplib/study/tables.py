@@ -244,7 +244,7 @@ def planned(workspace: Workspace, *names: str) -> Planned:
 def measure(workspace: Workspace, name: str) -> pd.DataFrame:
     """Execute what is missing of a table (small profiles alone), then return its ``values``.
 
-    In other profiles a line says how many runs are missing and which command trains them.
+    In other profiles, with data, a line says how many are missing and which command trains them.
     """
     workspace.complete(planned(workspace, name), ALL[name].notebook)
     return values(workspace, name)
