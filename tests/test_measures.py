@@ -10,10 +10,10 @@ import torch
 from cplib import datasets, train
 from cplib.metrics import auroc_between
 from cplib.run import Run
-from cplib.score import Scorer
+from cplib.score import Scorer, upsample_scores
 from cplib.study import measures, store
 from cplib.study.jobs import execute, execute_all
-from cplib.study.measures import MEASURES, constants, gradcam_copies, synthetic
+from cplib.study.measures import MEASURES, constants, drawn, gradcam_copies, maps, synthetic
 from cplib.study.profiles import PROFILES
 from cplib.study.store import Places, checkpoint_file, load_network, measured, run_folder
 from cplib.study.synthetic import SYNTHETIC, paint
@@ -155,6 +155,47 @@ def test_gradcam_is_judged_on_copies_whose_damage_is_known(loaded, monkeypatch):
     assert gradcam_copies(RUN, net, training, replace(test, masks=None)) == {}
 
 
+def test_recorded_maps_are_the_librarys_and_hold_no_pixel(loaded):
+    net, training, test = loaded
+    run = replace(RUN, window=32, stride=8)
+    images = maps(run, *loaded)["images"]
+    assert [image["kind"] for image in images] == ["good", *sorted({*test.kinds} - {"good"})]
+    assert all(set(image) <= {"file", "kind", "scores", "mask"} for image in images)
+    scorer = Scorer.fit(run, net, training.pixels)
+    for image in images:
+        i = test.names.index(image["file"])
+        others = [
+            n for n, kind in zip(test.names, test.kinds, strict=True) if kind == image["kind"]
+        ]
+        assert image["file"] == min(others)
+        heat, mask = drawn(run, image)
+        scores = scorer.position_scores(test.pixels[i][None])
+        library = upsample_scores(run, scores, test.pixels.shape[2:])[0]
+        torch.testing.assert_close(heat, library, rtol=0.005, atol=0)
+        if image["kind"] == "good":
+            assert mask is None
+        else:  # 64 cells of 64 px
+            assert torch.equal(mask > 0.5, test.masks[i])
+    assert len(maps(run, *loaded, most=2)["images"]) == 2
+
+
+def test_recorded_maps_are_small_and_keep_the_thinnest_mask(loaded):
+    net, training, test = loaded
+    run = replace(RUN, size=256, window=32, stride=16)
+    training, test = (
+        replace(part, pixels=part.pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
+        for part in (training, test)
+    )
+    line = torch.zeros(len(test), 256, 256, dtype=torch.bool)
+    line[:, :, 101] = test.labels[:, None] == 1
+    images = maps(run, net, training, replace(test, masks=line))["images"]
+    assert all(len(json.dumps(image)) < 4000 for image in images)
+    _, mask = drawn(run, images[1])
+    assert mask[:, 101].min() > 0.5 and mask[:, :96].max() == 0
+    images = maps(run, net, training, replace(test, masks=None))["images"]
+    assert all(drawn(run, image)[1] is None for image in images)
+
+
 def test_every_measure_tells_its_constants():
     assert constants("synthetic-7") == {"least": 7, "side": [0.1, 0.3]}
     assert constants("level7") == {"level": 7} and constants("gradcam") == {}
@@ -162,6 +203,7 @@ def test_every_measure_tells_its_constants():
     assert {*MEASURES} == {
         "gradcam",
         "gradcam_copies",
+        "maps",
         "level7",
         "synthetic",
         "density",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import nbformat
 import numpy as np
@@ -148,6 +149,18 @@ def test_the_figures_of_a_notebook_are_there_and_not_blank(smoke, name):
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 3, path.name
         assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_without_windows_notebook_04_shows_the_recorded_maps(
+    home, demo_root, tmp_path, monkeypatch
+):
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("smoke/runs/*/windows.safetensors"):
+        file.unlink()
+    monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
+    assert not (tmp_path / "smoke/figures/04_maps.png").exists()
+    assert run_notebooks(open_workspace("smoke", str(demo_root)), SOURCES[4:5]) == 0
+    assert (tmp_path / "smoke/figures/04_maps.png").exists()
 
 
 def test_a_failed_notebook_is_named_and_leaves_the_executed_one(

@@ -234,7 +234,7 @@ def test_the_csv_has_the_contracts_columns_and_the_markdown_says_how_it_was_meas
     assert [line for line in lines if line.startswith("cutpaste,screw,image_auroc,,,,")]
     np.testing.assert_allclose(pd.read_csv(path)["mean"], table["mean"].astype(float), atol=1e-4)
     text = path.with_suffix(".md").read_text()
-    assert text.startswith("Profile made up. Ours, then the paper's in brackets;")
+    assert text.startswith("Profile made up. Ours, in brackets the paper's numbers;")
     assert "| image AUROC, % |" in text and "(98.3" in text
 
 

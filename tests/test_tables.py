@@ -80,8 +80,8 @@ def test_a_network_has_one_run_for_each_way_of_scoring_and_all_measures_of_every
     assert wanted[first] == [
         *("gradcam", "synthetic-20", "density", "features", "gradcam_copies"),
     ]
-    tuned = PROFILES["demo"].run(METHOD, "sieve", protocol="finetune")
-    assert wanted[tuned] == ["level7"]
+    others = [PROFILES["demo"].run(METHOD, "sieve", protocol=p) for p in ("patch", "finetune")]
+    assert [wanted[run] for run in others] == [["maps"], ["level7"]]
     assert wanted[replace(first, seed=1)] == ["gradcam", "synthetic-20", "density"]
 
 
@@ -157,7 +157,7 @@ def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, na
     unchanged = {"learning_rate": "1", "updates": "1", "patch_jitter": "0.1", "max_area": "0.15"}
     assert {(axis, unchanged[axis], 80) for axis in TABLES[name].axes} <= first  # the shared runs
     line = file.with_suffix(".md").read_text().splitlines()[0]
-    assert line.startswith("Profile quick; one setting is changed in each row; seeds: 1. Ours, ")
+    assert line.startswith("Profile quick; one setting is changed in each row; 1 seed. Ours, ")
 
 
 @pytest.mark.filterwarnings("error")
@@ -278,9 +278,11 @@ def test_a_caption_says_what_differs_from_table_1_and_how_many_seeds_a_cell_has(
     record(tmp_path, QUICK.run("untrained", "screw", 0))
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
-    assert captioned("table1_image_level") == ("Profile quick; seeds: 1; 1 to 2: CutPaste-3way.")
+    assert captioned("table1_image_level") == (
+        "Profile quick; 1 seed, but 1 to 2 for CutPaste-3way."
+    )
     record(tmp_path, QUICK.run(METHOD, "screw", protocol="patch"))
-    assert captioned("table2_pixel_level").startswith("Profile quick; window 32, stride 8; seeds: ")
+    assert captioned("table2_pixel_level").startswith("Profile quick; window 32, stride 8; 1 seed")
 
 
 def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(tmp_path):
@@ -308,7 +310,7 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
     name = "table1_image_level"
     found = compare(quick, name, values(quick, name))
     assert result(found, name).endswith(
-        "CutPaste-3way is lowest on tile (80.0). CutPaste-3way less the paper's, in points: "
-        "pill -2.4, transistor -11.5, tile -13.4."
+        "CutPaste-3way is lowest on tile (80.0). CutPaste-3way minus the paper's number, in "
+        "points: pill -2.4, transistor -11.5, tile -13.4."
     )
     assert result(found[:0], name) == "Nothing is measured yet."

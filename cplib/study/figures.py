@@ -17,27 +17,33 @@ from cplib.augment import METHODS, example_batch
 from cplib.datasets import DEMO, MVTEC, atomic
 from cplib.study.tables import NAMES
 
-PALETTE = sns.color_palette("colorblind")
+# Seaborn's colour-blind palette without what cannot be read on white, and without its grey.
+PALETTE = [c for i, c in enumerate(sns.color_palette("colorblind")) if i not in (6, 7, 8)]
+_MEASURED = ("tile", "bottle", "pill", "screw", "transistor", "grid", "toothbrush")  # kept apart
 _MARKED = {name: i for i, name in enumerate(DEMO.categories)}
-_MARKED |= {name: i - 5 for i, name in enumerate(MVTEC.categories)}  # keeps the measured apart
+_MARKED |= {name: i for i, name in enumerate(dict.fromkeys((*_MEASURED, *MVTEC.categories)))}
 _COLOURED = (
     *("cutpaste_3way", "cutout", "cutpaste", "scar", "cutpaste_scar", "rotation"),
     *("cutpaste_union", "cutout_mean", "cutout_color"),
 )
 
 
+def _colour(i: int) -> tuple[float, float, float]:
+    """The i-th of seven colours, then the same ones darker."""
+    shade = 1 if i % 14 < 7 else 0.55
+    return tuple(shade * v for v in PALETTE[i % 7])
+
+
 def mark(category: str) -> dict:
     """Colour and marker of a category, the same in every figure; of an unknown one by its name."""
     i = _MARKED.get(category, zlib.crc32(category.encode()))
-    shade = 1 if i % 20 < 10 else 0.55  # ten colours, then the same darker
-    colour = tuple(shade * v for v in PALETTE[i % 10])
-    return {"color": colour, "marker": "osX^vDP*<>"[(i + i // 10) % 10]}
+    return {"color": _colour(i), "marker": "osX^vDP*<>"[i % 10]}
 
 
 def method_colour(method: str):
     """Colour of a method, the same in every figure: greys for what is not trained."""
-    colours = [c for c in PALETTE if max(c) - min(c) > 0.1]  # no third grey
-    known = {"untrained": "0.65", "pretrained": "0.35"} | dict(zip(_COLOURED, colours, strict=True))
+    known = {"untrained": "0.65", "pretrained": "0.35"}
+    known |= {name: _colour(i) for i, name in enumerate(_COLOURED)}
     return known.get(method, "black")
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from sklearn.mixture import GaussianMixture
+from torch.nn import functional as F
 
 from cplib.augment import pasted_copies
 from cplib.datasets import Images
 from cplib.density import Gaussian, held_out, l2_normalise
 from cplib.localize import gradcam as gradcam_maps
+from cplib.localize import positions
 from cplib.metrics import auroc_between, image_metrics, peak_within, pixel_metrics
 from cplib.model import PretextNet, embed
 from cplib.run import Run
@@ -28,6 +30,7 @@ from cplib.study.synthetic import SIDE, SYNTHETIC, paint
 from cplib.train import augmentation_kwargs
 
 MIXTURE = "2 Gaussians"  # a row of density's record (footnote 1)
+MASK_SIDE = 64  # cells of a recorded mask's side
 
 
 def scores(run: Run, net: PretextNet, train: Images, test: Images) -> tuple[torch.Tensor, dict]:
@@ -81,6 +84,40 @@ def gradcam_copies(
     copies = {"CutPaste copies": patch, "CutPaste-scar copies": scar}
     found = {name: auroc(images, (images != normal).any(1)) for name, images in copies.items()}
     return found | {"real anomalies": auroc(bad, masks)}
+
+
+def maps(run: Run, net: PretextNet, train: Images, test: Images, *, most: int = 7) -> dict:
+    """What a patch run's anomaly maps are drawn from: scores of windows, without a pixel.
+
+    Of ``most`` test images: the first normal one by name, then the first one of each kind of
+    anomaly. Scores have three digits. A cell of a mask is marked where any of its pixels is; a row
+    of cells is a number of 16 hex digits. ``drawn`` reads an image.
+    """
+    by_name = sorted(range(len(test)), key=test.names.__getitem__, reverse=True)
+    first = {test.kinds[i]: i for i in by_name}
+    chosen = sorted(first.values(), key=lambda i: (test.labels[i], test.kinds[i]))[:most]
+    scores = Scorer.fit(run, net, train.pixels).position_scores(test.pixels[chosen])
+    scores = scores.unflatten(1, positions(*test.pixels.shape[2:], run.window, run.stride))
+    images = []
+    for i, rows in zip(chosen, scores.tolist(), strict=True):
+        rows = [" ".join(f"{score:.3g}" for score in row) for row in rows]
+        images.append({"file": test.names[i], "kind": test.kinds[i], "scores": rows})
+        if test.masks is not None and test.masks[i].any():
+            cells = F.adaptive_max_pool2d(test.masks[i][None].float(), MASK_SIDE)[0].int()
+            rows = ["".join(map(str, row)) for row in cells.tolist()]
+            images[-1]["mask"] = [f"{int(row, 2):0{MASK_SIDE // 4}x}" for row in rows]
+    return {"images": images}
+
+
+def drawn(run: Run, image: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The anomaly map (H, W) of an image of ``maps``; its mask (H, W), from 0 to 1, or None."""
+    scores = torch.tensor([[float(score) for score in row.split()] for row in image["scores"]])
+    (heat,) = upsample_scores(run, scores.flatten()[None], (run.size, run.size))
+    if "mask" not in image:
+        return heat, None
+    rows = [f"{int(row, 16):0{MASK_SIDE}b}" for row in image["mask"]]
+    cells = torch.tensor([[float(cell) for cell in row] for row in rows])
+    return heat, F.interpolate(cells[None, None], heat.shape, mode="bilinear")[0, 0]
 
 
 def level7(run: Run, net: PretextNet, train: Images, test: Images, *, level: int = 7) -> dict:
@@ -153,7 +190,9 @@ def _fitted(fit, z: torch.Tensor, z_test: torch.Tensor, labels: torch.Tensor) ->
 
 
 # Table 6's is named with the number of images that it paints: "synthetic-40".
-MEASURES = {f.__name__: f for f in (gradcam, gradcam_copies, level7, synthetic, density, features)}
+MEASURES = {
+    f.__name__: f for f in (gradcam, gradcam_copies, maps, level7, synthetic, density, features)
+}
 
 
 def constants(name: str) -> dict:

@@ -60,7 +60,7 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
         other = differing(own[-1], profile.run(own[-1].method, own[-1].category))
         parts += [", ".join(f"{k} {v}" for k, v in other.items())] if other else []
     parts += ["one setting is changed in each row"] if table.axes else []
-    parts += [f"seeds: {seeds}" if (seeds := _seeds(values)) else "nothing was measured"]
+    parts += [_seeds(values) or "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
     painted = (store.measured(run, row.measure, workspace.results) or {} for row, run in trained)
     sides = dict.fromkeys(tuple(record["side"]) for record in painted if "side" in record)
@@ -68,7 +68,7 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     records = [record for record, _ in workspace.finished(run for _, run in trained).values()]
     old = {record["draws"] for record in records} - {DRAWS_VERSION}  # versions are not mixed
     parts += [
-        f"made with random draws of version {version}, not {DRAWS_VERSION}" for version in old
+        f"made with version {version} of the random numbers, not {DRAWS_VERSION}" for version in old
     ]
     return f"{'; '.join(parts)}. {table.note}".strip()
 
@@ -81,7 +81,7 @@ def differing(run: Run, base: Run) -> dict[str, object]:
 
 
 def _seeds(values: pd.DataFrame) -> str:
-    """How many seeds a cell has, and which methods have fewer or more: "3; 1: Confetti"."""
+    """How many seeds a cell has, and which methods have others: "3 seeds, but 1 for Confetti"."""
     found = values[~values["method"].str.contains("pretrained|ensemble")]
     found = found.groupby(["method", "source" if "source" in found else "category"], sort=False)
     words = {}
@@ -89,8 +89,9 @@ def _seeds(values: pd.DataFrame) -> str:
         text = " to ".join(map(str, sorted({counts.min(), counts.max()})))
         words.setdefault(text, []).append(NAMES[method])
     most = max(words, key=lambda text: len(words[text]), default="")
-    others = [f"{text}: {', '.join(names)}" for text, names in words.items() if text != most]
-    return "; ".join([most, *others])
+    others = [f"{text} for {', '.join(names)}" for text, names in words.items() if text != most]
+    said = most and f"{most} seed{'s' * (most != '1')}"
+    return ", but ".join([said, *others])
 
 
 def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
@@ -223,14 +224,22 @@ def number(mean: float, stderr: float) -> str:
     return f"{mean:.1f}" if pd.isna(stderr) else f"{mean:.1f}±{stderr:.1f}"
 
 
-def markdown(grid: pd.DataFrame) -> str:
-    """A table as GitHub's Markdown, the index first."""
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table of ``compare``: how it was measured, then each metric as ``wide`` shows it."""
+    grids = [wide(table, metric) for metric in table["metric"].unique()]
+    return _noted(table.attrs["note"], grids)
+
+
+def _noted(note: str, grids: list[pd.DataFrame]) -> str:
+    """A note and then each grid that has rows, in Markdown."""
+    return "\n".join([f"{note}\n", *(markdown(grid) for grid in grids if len(grid))])
+
+
+def markdown(grid: pd.DataFrame, form: str = "{}") -> str:
+    """A table as GitHub's Markdown, the index first; ``form`` formats what is in a cell."""
     head = [grid.index.name or grid.columns.name or "", *map(str, grid.columns)]
-    lines = [
-        head,
-        ["---"] * len(head),
-        *([i, *row] for i, row in zip(grid.index, grid.values, strict=True)),
-    ]
+    cells = grid.map(lambda cell: "" if pd.isna(cell) else form.format(cell))
+    lines = [head, ["---"] * len(head), *cells.itertuples(name=None)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
@@ -240,12 +249,12 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
     ``note`` says how the numbers were measured and stands above the Markdown; it is kept in
     ``table.attrs``, too. Returns the path of the CSV.
     """
-    columns = {"mean": "ours", "published_mean": "the paper's in brackets"}
-    words = ", then ".join(text for name, text in columns.items() if table[name].notna().any())
+    columns = {"mean": "ours", "published_mean": "in brackets the paper's numbers"}
+    words = ", ".join(text for name, text in columns.items() if table[name].notna().any())
     words = (words or "nothing measured").capitalize()
     table.attrs["note"] = f"{note} {words}; percent, mean±standard error."
-    grids = [wide(table, metric) for metric in table["metric"].unique()]
-    path = save_markdown(results, name, table.attrs["note"], grids).with_suffix(".csv")
+    path = Path(results) / "tables" / f"{name}.csv"
+    write_text(path.with_suffix(".md"), as_markdown(table))
     bare = [column for column in ROW[1:] if not table[column].any()]
     write_csv(path, table.drop(columns=bare))
     return path
@@ -254,7 +263,7 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
 def save_markdown(results: str | Path, name: str, note: str, grids: list[pd.DataFrame]) -> Path:
     """Write ``results/tables/<name>.md``, a note and then each grid that has rows; its path."""
     path = Path(results) / "tables" / f"{name}.md"
-    write_text(path, "\n".join([f"{note}\n", *(markdown(grid) for grid in grids if len(grid))]))
+    write_text(path, _noted(note, grids))
     return path
 
 
@@ -299,7 +308,7 @@ def protocol(workspace: Workspace) -> str:
 
 
 def _images(records: dict[Run, dict]) -> pd.DataFrame:
-    """The numbers of images of each category, and of MVTec AD's where fewer were at hand."""
+    """The numbers of images of each category, and of MVTec AD's where fewer were available."""
     here = {run.category: record["images"] for run, record in records.items()}
     data, rows = datasets.DATASETS[next(iter(records)).dataset], {}
     for name in in_order(here):
@@ -336,7 +345,7 @@ def result(table: pd.DataFrame, name: str) -> str:
             parts += [f"{NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."]
         gaps = own.eval("mean - published_mean").dropna().sort_values(ascending=False).round(1)
         said = ", ".join(f"{NAMES[c]} {gap:+.1f}" for c, gap in gaps.items())
-        parts += [f"{NAMES[main]} less the paper's, in points: {said}."] if said else []
+        parts += [f"{NAMES[main]} minus the paper's number, in points: {said}."] if said else []
     return " ".join(parts)
 
 

@@ -137,6 +137,7 @@ FIGURES = {
     "gradcam_copies": Table(
         notebook="04", rows=image_rows(METHOD, measure="gradcam_copies", seeds=1)
     ),
+    "maps": Table(notebook="04", rows=(patch(METHOD, measure="maps", seeds=1),)),
 }
 ALL = TABLES | FIGURES
 
@@ -242,7 +243,7 @@ def planned(workspace: Workspace, *names: str) -> Planned:
 def measure(workspace: Workspace, name: str) -> pd.DataFrame:
     """Execute what is missing of a table (small profiles alone), then return its ``values``.
 
-    In other profiles a line says how many runs are missing and which command trains them.
+    In other profiles, with data, a line says how many are missing and which command trains them.
     """
     workspace.complete(planned(workspace, name), ALL[name].notebook)
     return values(workspace, name)

@@ -104,7 +104,7 @@ class Workspace:
         return execute_all(todo, places, budget=self.budget, engine=self.engine)
 
     def complete(self, planned: Planned, notebook: str) -> None:
-        """Execute what is missing where the profile is small; elsewhere say how to."""
+        """Execute what is missing where the profile is small; elsewhere, with data, say how to."""
         todo = self.missing(planned)
         for line in self.remarks(planned):
             print(line)
@@ -112,6 +112,6 @@ class Workspace:
             for outcome in self.execute(todo):
                 if outcome.state != "done":
                     print(f"{outcome.run.id}: {outcome.state}, {outcome.message}")
-        elif todo:
-            print(f"{len(todo)} runs, or measures of them, are missing. To execute them:")
-            print(f"./run_all.sh --profile {self.profile.name} --data DIR --only 02,{notebook}")
+        elif todo and self.places.data:
+            command = f"./run_all.sh --profile {self.profile.name} --data DIR --only 02,{notebook}"
+            print(f"{len(todo)} runs are not measured yet: {command}")
