@@ -29,14 +29,17 @@ from cplib.run import Run  # noqa: E402
 
 BASE = {"method": "cutpaste_3way", "optimizer": "adamw", "learning_rate": 0.001, "warmup": 0.1}
 BASE |= {"sources": 16, "updates": 800, "dataset": "own"}
-BOTH, SMALL = {"crop": (64, 128)}, {"size": 128}
 # What each changes of BASE.
 CANDIDATES = {
     "random network": {"method": "untrained", "updates": 0},
     "ImageNet features": {"method": "pretrained", "init": "imagenet", "updates": 0},
     "64-px crops": {"crop": 64},
-    "crops of 64 and 128 px by turns": BOTH,
-    "images of 128 px": SMALL,
+    "64-px crops, as before": {"crop": 64, "learning_rate": 0.0005, "head_batchnorm": False}
+    | {"updates": 640},
+    "64-px and 128-px crops by turns": {"crop": (64, 128)},
+    "images of 128 px": {"size": 128},
+    "images of 160 px": {"size": 160, "updates": 512},
+    "images of 128 px, rate 0.002": {"size": 128, "learning_rate": 0.002},
 }
 TOP, SEEDS = 5, 3  # so many candidates have so many seeds
 
