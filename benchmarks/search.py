@@ -33,13 +33,18 @@ BASE |= {"sources": 16, "updates": 800, "dataset": "own"}
 CANDIDATES = {
     "random network": {"method": "untrained", "updates": 0},
     "ImageNet features": {"method": "pretrained", "init": "imagenet", "updates": 0},
+    "random network (128 px)": {"method": "untrained", "updates": 0, "size": 128},
+    "ImageNet features (128 px)": {"method": "pretrained", "init": "imagenet"}
+    | {"updates": 0, "size": 128},
     "64-px crops": {"crop": 64},
-    "64-px crops, as before": {"crop": 64, "learning_rate": 0.0005, "head_batchnorm": False}
+    "64-px crops (as before)": {"crop": 64, "learning_rate": 0.0005, "head_batchnorm": False}
     | {"updates": 640},
     "64-px and 128-px crops by turns": {"crop": (64, 128)},
     "images of 128 px": {"size": 128},
-    "images of 160 px": {"size": 160, "updates": 512},
-    "images of 128 px, rate 0.002": {"size": 128, "learning_rate": 0.002},
+    "images of 128 px (rate 0.002)": {"size": 128, "learning_rate": 0.002},
+    "images of 128 px (twice as long)": {"size": 128, "updates": 1600},
+    "images of 160 px (512 updates)": {"size": 160, "updates": 512},
+    "images of 256 px": {},
 }
 TOP, SEEDS = 5, 3  # so many candidates have so many seeds
 

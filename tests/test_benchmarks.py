@@ -102,13 +102,15 @@ def test_a_turned_scar_carries_no_black_corners(per_image):
     assert per_image[0].shape == (3, 3, 128, 128)
 
 
-def test_schedules_are_compared_on_held_out_images_and_measured_once(demo_root, tmp_path):
+def test_candidates_are_measured_once_and_the_best_with_three_seeds(demo_root, tmp_path):
     file = tmp_path / "choice.csv"
-    options = ["--data", demo_root, "--categories", "sieve", "--only", "untrained", "--out", file]
-    assert "untrained, sieve" in benchmark("schedule", *options).stdout
+    options = ["--data", demo_root, "--names", "random network (128 px)", "--out", file]
+    options += ["--device", "cpu", "--jobs", "1"]
+    done = benchmark("search", *options)
+    assert done.returncode == 0, done.stderr
     rows = pd.read_csv(file)
-    assert len(rows) == 8
+    seeds = rows.groupby("object")["seed"].apply(sorted)
+    assert seeds.to_dict() == dict.fromkeys(("brick", "fabric", "sieve"), [0, 1, 2])
     assert rows["auroc"].between(0, 100).all()
-    assert rows["pretext_accuracy"].between(0, 100).all()
-    assert benchmark("schedule", *options).stdout == ""
-    assert len(pd.read_csv(file)) == 8
+    assert len(benchmark("search", *options).stdout.splitlines()) == 2  # only the ranking
+    assert len(pd.read_csv(file)) == 9

@@ -61,6 +61,8 @@ def test_what_is_missing_or_of_other_constants_is_measured_from_the_checkpoint(
     older = {k: v for k, v in json.loads(first).items() if k != "constants"}
     file.write_text(json.dumps(older))  # of a time when records named none
     assert workspace.missing(wanted) == {}
+    file.write_text(json.dumps(older | {"regularisers": [1]}))  # but one of them in another field
+    assert workspace.missing(wanted) == {RUN: ["density"]}
     file.write_text(json.dumps(older | {"constants": {}}))
     checkpoint_file(RUN, places.results).unlink()
     wanted[RUN].append("features")  # missing
@@ -197,7 +199,7 @@ def test_recorded_maps_are_small_and_keep_the_thinnest_mask(loaded):
 
 
 def test_every_measure_tells_its_constants():
-    assert constants("synthetic-7") == {"least": 7, "side": [0.1, 0.3]}
+    assert constants("synthetic-7") == {"least": 7, "side": [1 / 16, 1 / 8]}
     assert constants("level7") == {"level": 7} and constants("gradcam") == {}
     assert {"limit", "folds", "perplexity"} <= {*constants("features")}
     assert {*MEASURES} == {

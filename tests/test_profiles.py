@@ -43,7 +43,7 @@ def test_finetuning_does_not_take_what_a_profile_changed_for_training_from_scrat
     run = profile.run(METHOD, profile.categories[0], protocol="finetune")
     assert (run.optimizer, run.warmup, run.crop, run.curve) == ("sgd", 0, 0, 0)
     assert (run.head_batchnorm, run.freeze_batchnorm, run.init) == (True, True, "imagenet")
-    assert run.size == profile.protocol.get("size", 256)
+    assert run.size == profile.finetune.get("size", 256)
 
 
 def test_quick_takes_its_patch_model_from_the_networks_of_table_1():
@@ -82,6 +82,8 @@ def test_a_baseline_keeps_only_what_it_depends_on():
     assert one == Run(method="untrained", category="tile", updates=0)
     pretrained = Run(method="pretrained", category="tile", updates=0, init="imagenet")
     assert QUICK.run("pretrained", "tile") == pretrained
+    sizes = [PROFILES["next"].run(method, "tile").size for method in (*BASELINES, METHOD)]
+    assert sizes == [128, 256, 128]  # ImageNet features cost nothing at the paper's size
     scored = {"size": 128, "window": 32, "stride": 8, "l2_normalise": True, "reg_covar": 1e-3}
     assert QUICK.run("untrained", "tile", **scored) == replace(one, **scored)
 

@@ -32,7 +32,7 @@ from them, the more anomalous it is. AUROC is how often an anomalous image (or p
 score than a normal one; 50 % is chance."""
 OTHERS = {  # further tables of a notebook
     "11": {"claims": "All claims, each with three answers"},
-    "09": {"schedule_choice": "How the short schedules were chosen"},
+    "09": {"schedule_choice": "How the short schedule was chosen"},
 }
 # Wide tables and code scroll by themselves on a phone; at night the page is dark, figures are not.
 STYLE = """<style>

@@ -25,7 +25,7 @@ class Profile:
     protocol: dict = field(default_factory=dict)  # fields of Run that differ from the paper's
     patch: dict = field(default_factory=dict)  # what the patch model changes of ``protocol``
     finetune: dict = field(default_factory=dict)  # Table 3's; ``protocol`` is not part of it
-    pretrained_backbone: str = "resnet18"
+    pretrained: dict = field(default_factory=dict)  # fields of Run of the ImageNet features
     sensitivity: dict = field(default_factory=dict)  # Tables 7 and 8, and the unstated choices
     anomalies: int = 40  # images painted of each kind in Table 6, at least
     extra: tuple[dict, ...] = ()  # rows that tables have in this profile alone: ``tables.Row``
@@ -54,8 +54,8 @@ class Profile:
         bare = Run(**head, **(kept | {"updates": 0, "curve": 0}))
         if method == "untrained":
             return bare
-        own = run.backbone if protocol == "finetune" else self.pretrained_backbone
-        return replace(bare, init="imagenet", backbone=changes.get("backbone", own))
+        own = {} if protocol == "finetune" else self.pretrained
+        return replace(bare, init="imagenet", **{k: changes.get(k, v) for k, v in own.items()})
 
     def runs(self, methods, categories) -> list[Run]:
         """The image-level runs of methods and categories."""

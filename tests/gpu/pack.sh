@@ -5,7 +5,7 @@
 #   python3 -m pip install -q --no-index --no-deps --target /tmp/site .lease/*.whl
 #   export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1
 #   python3 tests/gpu/check.py
-#   python3 benchmarks/search.py --data .lease/data --minutes 6
+#   python3 benchmarks/search.py --data .lease/data --out "$OUT/choice.csv" --minutes 6
 #   python3 tests/gpu/lease.py --data .lease/data --categories screw,transistor --minutes 6
 set -euo pipefail
 folder=$(cd "$1" && pwd)
