@@ -62,7 +62,9 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     parts += ["one setting is changed in each row"] if table.axes else []
     parts += [_seeds(values) or "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
-    painted = (store.measured(run, row.measure, workspace.results) or {} for row, run in trained)
+    folders = [(store.run_folder(run, workspace.results), row.measure) for row, run in trained]
+    painted = [store.read_record(folder / f"{measure}.json") or {} for folder, measure in folders]
+    painted = [record.get("constants", record) for record in painted]
     sides = dict.fromkeys(tuple(record["side"]) for record in painted if "side" in record)
     parts += [f"shapes of {100 * low:.3g} to {100 * high:.3g} % of a side" for low, high in sides]
     records = [record for record, _ in workspace.finished(run for _, run in trained).values()]
