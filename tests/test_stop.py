@@ -119,11 +119,14 @@ def test_an_interrupt_that_python_ignores_in_a_callback_comes_again(monkeypatch,
         time.sleep(10)
 
     monkeypatch.setattr(pages, "write_pages", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
+    # In the background a shell lets its commands ignore SIGINT: this suite, too.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as end:
             main(["pages", "--profile", "demo"])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert end.value.code == 130
     assert capsys.readouterr().err.endswith("\nstopped: the same command resumes\n")
