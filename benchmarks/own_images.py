@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--categories", default=CATEGORIES)
     parser.add_argument(
         "--profile",
-        choices=("quick", "long", "paper"),
+        choices=("quick", "paper"),
         help="compare what CutPaste trains by this profile's schedules, too",
     )
     args = parser.parse_args()

@@ -66,7 +66,7 @@ def longer(category: str) -> str:
 
 def uncommitted() -> str:
     """How many runs on MVTec AD were made by code that was not committed, of how many."""
-    files = [f for p in ("quick", "long") for f in ROOT.glob(f"results/{p}/runs/*/run.json")]
+    files = ROOT.glob("results/*/runs/*/run.json")
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return f"{sum('dirty' in str(r['git_commit']) for r in records)} of {len(records)}"
 
@@ -94,11 +94,11 @@ def images(profile: str) -> str:
 
 def results() -> str:
     """Image AUROC of the paper, of ours, of networks without CutPaste and of own photos."""
-    quick, long = table("quick", "1"), table("long", "1")
+    quick = table("quick", "1")
     shown = {
         "CutPaste-3way, the paper (5 seeds)": (quick, METHOD, "published_mean", "published_stderr")
     }
-    for name, rows in {"long": long, "quick": quick}.items():
+    for name, rows in {"next": table("next", "1"), "quick": quick}.items():
         seeds = int(rows.loc[(METHOD, "average_measured"), "seeds"])
         label = f"CutPaste-3way, ours, {minutes(name)} ({seeds} seed{'s' * (seeds > 1)})"
         shown[label] = rows, METHOD, "mean", "stderr"
@@ -137,7 +137,7 @@ def notebooks(part: str) -> str:
         copies = {"demo set": "demo", "MVTec AD": "quick"}
         links = {name: f"results/{p}/notebooks/{path.name}" for name, p in copies.items()}
         links = {name: f"[open]({x})" if (ROOT / x).exists() else "" for name, x in links.items()}
-        what = {"what": re.split(r"[.;:]", expect)[0]}
+        what = {"what": re.split(r"[.;:] ", expect)[0]}
         rows[title] = what | links | {"minutes": taken[path.stem]}
     return markdown(pd.DataFrame(rows).T.rename_axis(part))
 

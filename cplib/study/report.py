@@ -193,7 +193,7 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """One metric, methods down and categories across, "ours (paper's)", named as in the paper.
 
     Columns: the measured categories (all that the paper has if nothing was measured), their
-    averages unless there is but one, and ``average_all``. Rows: methods that have a number; those
+    averages of more than one, and ``average_all``. Rows: methods that have a number; those
     of Tables 7 and 8 are named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
@@ -205,8 +205,8 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     cells = part.assign(cell=[_cell(row) for row in part.itertuples()], row=labels)
     grid = cells.pivot(index="row", columns="category", values="cell")
     measured = {*part.dropna(subset="mean")["category"]} or {*part["category"]}
-    if len(measured - {*AVERAGES}) == 1:  # averages of one category say nothing
-        measured -= {*AVERAGES}
+    members = groups(measured - {*AVERAGES})
+    measured -= {name for name, under in members.items() if len(under) == 1}
     columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
     grid = grid.rename(columns=lambda name: NAMES[name])
