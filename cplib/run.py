@@ -15,7 +15,6 @@ BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageN
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 Range = tuple[float, float]  # from the smallest to the largest value
 Share = Annotated[float, Field(ge=0, le=1)]
-Sides = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]  # in pixels
 # Fields of scoring alone: runs that differ only in these share one trained network.
 SCORING = (
     "l2_normalise",
@@ -52,9 +51,7 @@ class Run:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 3e-5
     warmup: float = 0.0  # share of the updates in which the learning rate climbs from 0
-    # Side in pixels of the crops trained on (4.2: 64); 0: whole images; several sides: by turns.
-    crop: NonNegativeInt | Sides = 0
-    whole: float = 0.0  # share of updates at the end that use whole images instead of crops
+    crop: NonNegativeInt = 0  # side in pixels of the crops trained on (4.2: 64); 0: whole images
     backbone: Literal["resnet18", "resnet18_quarter", "efficientnet_b4", "efficientnet_lite0"] = (
         "resnet18"
     )

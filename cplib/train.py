@@ -233,7 +233,7 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
     if head_only:
         net.encoder.eval()
     with torch.no_grad():
-        images, labels = batch(run, pixels, generator, crop_side(run, update))
+        images, labels = batch(run, pixels, generator, run.crop)
     images = images.contiguous(memory_format=torch.channels_last)
     dtype = DTYPES[precision(run, device)]
     with full_precision(benchmark=True):  # fp32 is not TF32
@@ -247,14 +247,6 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
     scaler.step(optimizer)
     scaler.update()
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
-
-
-def crop_side(run: Run, update: int) -> int:
-    """Side in pixels of the crops that an update uses; 0 for whole images."""
-    if update >= run.total_updates - round(run.whole * run.updates):
-        return 0
-    sides = (run.crop,) if isinstance(run.crop, int) else run.crop
-    return sides[update % len(sides)]
 
 
 def batch(

@@ -19,7 +19,7 @@ from cplib.run import Run
 
 SMALL = {"dataset": "demo", "size": 32, "updates": 4, "sources": 2, "precision": "fp32"}
 TINY = Run(method="cutpaste_3way", category="sieve", **SMALL)
-ADAMW = replace(TINY, optimizer="adamw", warmup=0.5, crop=16, whole=0.5)
+ADAMW = replace(TINY, optimizer="adamw", warmup=0.5, crop=16)
 HEAD_FIRST = replace(TINY, head_updates=2, head_learning_rate=0.5, updates=2)
 AUTO = replace(TINY, precision="auto")
 UNCHANGED = {"translate": 0.0, "jitter": (0.0,) * 4}
@@ -251,15 +251,6 @@ def test_lengths_in_pixels_scale_with_the_image():
     assert small["cutpaste_scar"]["width"] == (2 / 8, 16 / 8)
     assert small["confetti"]["blur"] == pytest.approx(5.7 / 8)
     assert train.augmentation_kwargs(replace(TINY, size=256))["scar"]["length"] == (10, 25)
-
-
-def test_training_looks_at_crops_and_at_the_end_at_whole_images(pixels, monkeypatch):
-    sides, batch = [], train.batch
-    monkeypatch.setattr(
-        train, "batch", lambda *args: (made := batch(*args), sides.append(made[0].shape[-1]))[0]
-    )
-    train.fit(replace(ADAMW, crop=(16, 24)), pixels)
-    assert sides == [16, 24, 32, 32]
 
 
 def test_training_reseeds_no_gpu_and_leaves_the_global_random_state_as_it_was(pixels, monkeypatch):

@@ -318,9 +318,7 @@ def curves(workspace: Workspace) -> pd.DataFrame:
 def schedule(run: Run) -> str:
     """How a run was trained, in words: "AdamW 0.001, 64-px crops, 640 updates"."""
     optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
-    sides = " and ".join(map(str, run.crop)) if isinstance(run.crop, tuple) else run.crop
-    images = f"{sides}-px crops" if run.crop else f"{run.size} px"
-    images += f", then whole images ({run.whole:.0%})" if run.whole else ""
+    images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
     return f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
 
 
