@@ -22,7 +22,7 @@ from cplib.study.profiles import PROFILES, Profile
 from cplib.study.store import Places
 from cplib.train import device_name
 
-CATEGORIES = "tile,bottle,pill,screw,transistor"
+CATEGORIES = "tile,bottle,capsule,pill,screw,transistor"
 
 
 def measure(root: str, category: str, places: Places, profile: Profile | None) -> list[dict]:
