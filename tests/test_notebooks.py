@@ -1,10 +1,13 @@
-"""The notebooks: as they are committed, and every one of them executed on the smoke profile."""
+"""The notebooks as committed, all of them executed on the smoke profile, and their exercises."""
 
 import json
 import os
 import re
 import shutil
+from textwrap import dedent
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -14,9 +17,10 @@ from PIL import Image
 from cplib.apps.cli import main
 from cplib.apps.notebooks import NOTEBOOKS, execute, run_notebooks
 from cplib.apps.workspace import ROOT, open_workspace
+from cplib.augment import METHODS
 from cplib.run import BASELINES
 from cplib.study.claims import measured, verdicts
-from cplib.study.profiles import PROFILES, TABLE1
+from cplib.study.profiles import METHOD, PROFILES, TABLE1
 from cplib.study.tables import FINETUNED, planned
 from cplib.study.workspace import UsageError
 
@@ -208,7 +212,7 @@ def test_tables_are_made_of_data_without_masks_or_anomalies(tmp_path, monkeypatc
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path / "results"))
     workspace = open_workspace("smoke", str(tmp_path / "data"))
-    paths = [path for path in SOURCES if path.stem[:2] in ("03", "04", "08", "10")]
+    paths = [path for path in SOURCES if path.stem[:2] in ("00", "03", "04", "08", "10")]
     assert run_notebooks(workspace, paths) == 0
     results = tmp_path / "results" / "smoke-own"
     table = pd.read_csv(results / "tables" / "table2_pixel_level.csv")
@@ -216,6 +220,124 @@ def test_tables_are_made_of_data_without_masks_or_anomalies(tmp_path, monkeypatc
     scores = [pd.read_csv(file) for file in results.glob("runs/cutpaste_3way-plain-*/scores.csv")]
     assert scores
     assert all(np.isfinite(part["score"]).all() for part in scores)
+
+
+# The exercises: the first step of each one that has a step in code, done as its text says
+
+
+EXERCISES = {  # a part of the last cell that is run before, and what has changed afterwards
+    "00.1": (
+        "00_at_the_size",
+        lambda old, new: old.test.pixels.shape[-1] == 2 * new.test.pixels.shape[-1],
+    ),
+    "01.1": (
+        "01_patch_sizes",
+        lambda old, new: old.pairs[0][0].max() < 20 < new.pairs[0][0].max() < 31,  # percent
+    ),
+    "01.2": (
+        "01_cutpaste_in_four_steps",
+        lambda old, new: old.last == new.last and abs(old.piece - new.piece).max() > 0.01,
+    ),
+    "02.1": (
+        "02_ten_lines_learn",
+        lambda old, new: not old.net.head[0].weight.equal(new.net.head[0].weight),
+    ),
+    "02.2": (
+        "02_ten_lines_learn",
+        lambda old, new: (len(old.net.head[-1].bias), len(new.net.head[-1].bias)) == (3, 2),
+    ),
+    "03.1": (
+        "AUROC by hand",
+        lambda old, new: new.scores[new.i] == new.scores[new.test.labels == 0].max(),
+    ),
+    "03.2": ("AUROC by hand", lambda old, new: old.auroc != new.diagonal and new.diagonal <= 100),
+    "04.1": (
+        "04_from_windows_to_map",
+        lambda old, new: new.fine.position_scores(new.image[None]).numel() > 4 * len(old.scores),
+    ),
+    "04.2": (
+        "04_from_windows_to_map",
+        lambda old, new: new.kernel(new.narrow).max() > new.kernel(new.run).max(),
+    ),
+    "05.1": ("finetune(normal", lambda old, new: len({*new.aurocs.values()}) > 1),
+    "05.2": (
+        "finetune(normal",
+        lambda old, new: old.losses != new.losses and np.isfinite(new.losses).all(),
+    ),
+    "06.2": (
+        "06_what_is_pasted",
+        lambda old, new: 0 < (new.pasted != new.x).any(1).float().mean() < 0.15,
+    ),
+    "07.2": (
+        "07_what_is_pasted",
+        lambda old, new: "both" in new.class_rows(new.x, (METHOD,), new.options),
+    ),
+    "08.1": (
+        "methods = ",
+        lambda old, new: (new.aurocs["larger"] != new.aurocs["Table 6"]).any(),
+    ),
+    "09.1": ("open_workspace(", lambda old, new: [*new.compared["updates"]] == [2, 1]),
+    "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),
+    "11.2": (
+        "open_workspace(",
+        lambda old, new: (
+            "one seed" not in {*verdicts(measured(new.more, ["table5_binary_vs_3way"]))["here"]}
+        ),
+    ),
+    "12.1": (
+        "fit_detector(runs",
+        lambda old, new: old.detector.threshold < new.detector.threshold,
+    ),
+    "12.2": (
+        "fit_detector(runs",
+        lambda old, new: (old.detector.normal >= old.detector.threshold).sum() < new.alarms,
+    ),
+}
+TEXTS = {
+    f"{path.stem[:2]}.{k}": text
+    for path in SOURCES
+    for k, text in enumerate(
+        re.split(r"^(?:\d\. |\[)", cells(path, "markdown")[-1].source, flags=re.MULTILINE)
+    )
+}
+
+
+def test_every_exercise_with_a_step_in_code_is_done_here():
+    steps = ("in place of", "```python")
+    assert [n for n, text in TEXTS.items() if any(s in text for s in steps)] == [*EXERCISES]
+
+
+def run_cells(sources, names):
+    """Execute cells; each draws into figures of its own."""
+    for source in sources:
+        exec(source, names)
+        plt.close("all")
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_an_exercise_works_and_changes_something(name, home, demo_root, tmp_path, monkeypatch):
+    # Files are written whole, so a link in the copy is replaced, and ``home`` stays as it is.
+    shutil.copytree(home, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
+    monkeypatch.setenv("CPLIB_JOBS", "1")
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.setitem(METHODS, METHOD, METHODS[METHOD].copy())
+    last, changed = EXERCISES[name]
+    sources = [cell.source for cell in cells(*NOTEBOOKS.glob(f"{name[:2]}_*.ipynb"))]
+    sources[1] += f'\nprofile, data = "smoke", {str(demo_root)!r}'
+    (end,) = (i + 1 for i, source in enumerate(sources) if last in source)
+    words, _, code = TEXTS[name].partition("```python\n")
+    edits, new_cell = re.findall(r"`([^`]+)` in place of `([^`]+)`", words), code.split("```")[0]
+    assert edits or new_cell
+    names = {}
+    with plt.rc_context():
+        run_cells(sources[:end], names)
+        old, again = SimpleNamespace(**names), end
+        for after, before in edits:
+            (again,) = (i for i, source in enumerate(sources) if before in source)
+            sources[again] = sources[again].replace(before, after)
+        run_cells([*sources[again : again + 1 if new_cell else end], dedent(new_cell)], names)
+    assert changed(old, SimpleNamespace(**names))
 
 
 # Those that are committed
