@@ -55,7 +55,7 @@ def test_categories_with_other_images_are_empty_and_all_others_are_shown(tmp_pat
     assert {run.category for run in workspace.missing(runs)} == {"bottle"}
 
 
-@pytest.mark.parametrize("name", ["quick", "next", "demo"])
+@pytest.mark.parametrize("name", ["quick", "demo"])
 def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
     results = ROOT / "results" / name
     text = (results / "README.md").read_text(encoding="utf-8")

@@ -95,20 +95,18 @@ def images(profile: str) -> str:
 def results() -> str:
     """Image AUROC of the paper, of ours, of networks without CutPaste and of own photos."""
     quick = table("quick", "1")
+    seeds = int(quick.loc[(METHOD, "average_measured"), "seeds"])
     shown = {
-        "CutPaste-3way, the paper (5 seeds)": (quick, METHOD, "published_mean", "published_stderr")
+        "CutPaste-3way, the paper (5 seeds)": (METHOD, "published_mean", "published_stderr"),
+        f"CutPaste-3way, ours ({seeds} seeds)": (METHOD, "mean", "stderr"),
+        "ImageNet features (ResNet-18)": ("pretrained", "mean", "stderr"),
+        "random network (ResNet-18)": ("untrained", "mean", "stderr"),
     }
-    for name, rows in {"next": table("next", "1"), "quick": quick}.items():
-        seeds = int(rows.loc[(METHOD, "average_measured"), "seeds"])
-        label = f"CutPaste-3way, ours, {minutes(name)} ({seeds} seed{'s' * (seeds > 1)})"
-        shown[label] = rows, METHOD, "mean", "stderr"
-    shown["ImageNet features (ResNet-18)"] = quick, "pretrained", "mean", "stderr"
-    shown["random network (ResNet-18)"] = quick, "untrained", "mean", "stderr"
     columns, found = [*measured(), "average_measured"], {}
-    for label, (rows, method, mean, error) in shown.items():
-        part = rows.loc[method].reindex(columns)
+    for label, (method, mean, error) in shown.items():
+        part = quick.loc[method].reindex(columns)
         found[label] = [number(m, e) for m, e in zip(part[mean], part[error], strict=True)]
-    values = own()["image_auroc"].reindex(measured())
+    values = own()["image_auroc"]
     values = [f"{value:.1f}" for value in (*values, values.mean())]
     found["not CutPaste: the detector for own photos"] = values
     grid = pd.DataFrame.from_dict(found, orient="index", columns=[*measured(), "mean"])
@@ -116,9 +114,9 @@ def results() -> str:
 
 
 def own() -> pd.DataFrame:
-    """The recommended detector of notebook 12 on each category, as if it were own photos."""
+    """The recommended detector of notebook 12 on ``measured``, as if they were own photos."""
     rows = pd.read_csv(ROOT / "results" / "quick" / "tables" / "own_images.csv")
-    return rows[rows["recommended"] == 1].set_index("category")
+    return rows[rows["recommended"] == 1].set_index("category").reindex(measured())
 
 
 def photos(statistic: str) -> str:
