@@ -13,6 +13,7 @@ from cplib.datasets import DATASETS
 
 BASELINES = ("untrained", "pretrained")  # nothing is trained: random and ImageNet features
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+Sides = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]  # in pixels
 Range = tuple[float, float]  # from the smallest to the largest value
 Share = Annotated[float, Field(ge=0, le=1)]
 # Fields of scoring alone: runs that differ only in these share one trained network.
@@ -51,7 +52,8 @@ class Run:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 3e-5
     warmup: float = 0.0  # share of the updates in which the learning rate climbs from 0
-    crop: NonNegativeInt = 0  # side in pixels of the crops trained on (4.2: 64); 0: whole images
+    # Side in pixels of the crops trained on (4.2: 64); 0: whole images; several sides: by turns.
+    crop: NonNegativeInt | Sides = 0
     backbone: Literal["resnet18", "resnet18_quarter", "efficientnet_b4", "efficientnet_lite0"] = (
         "resnet18"
     )
@@ -120,6 +122,11 @@ class Run:
         """The seed of the run's random numbers: each method and category has its own."""
         text = f"{self.seed}/{self.method}/{self.category}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides in pixels of the crops that updates use by turns; 0 is a whole image."""
+        return (self.crop,) if isinstance(self.crop, int) else self.crop
 
     @property
     def per_position(self) -> bool:

@@ -233,7 +233,7 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
     if head_only:
         net.encoder.eval()
     with torch.no_grad():
-        images, labels = batch(run, pixels, generator, run.crop)
+        images, labels = batch(run, pixels, generator, run.sides[update % len(run.sides)])
     images = images.contiguous(memory_format=torch.channels_last)
     dtype = DTYPES[precision(run, device)]
     with full_precision(benchmark=True):  # fp32 is not TF32
@@ -250,14 +250,14 @@ def step(run, net, optimizer, pixels, generator, scaler, update: int = 0) -> tor
 
 
 def batch(
-    run: Run, pixels: torch.Tensor, generator: torch.Generator, crop: int = 0
+    run: Run, pixels: torch.Tensor, generator: torch.Generator, crop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of the pretext task: images (K * B, 3, H, W) in [0, 1], and their classes (K * B,).
 
     B normal images are drawn from ``pixels``, uint8 (N, 3, H, W); with replacement only if N is too
-    small. They are shifted and jittered, then each of K augmentations is applied. With ``crop``, a
-    side in pixels, a crop of each image is used instead of the image (eq. 3). The generator is
-    called once.
+    small. They are shifted and jittered, then each of K augmentations is applied. A crop of each
+    image is used instead of the image (eq. 3): ``crop`` is its side in pixels, 0 is the whole
+    image, None the first of the run's ``sides``. The generator is called once.
     """
     n, b, device = len(pixels), run.sources, pixels.device
     parts = [augment.shift_and_crop.draws, augment.jitter.draws, augment.draws_of(run.method)]
@@ -265,7 +265,8 @@ def batch(
     chosen, u = u.split([max(n, b), b * sum(parts)])
     index = chosen.argsort()[:b] if n >= b else (chosen[:b] * n).long()
     place, colours, damage = u.view(b, -1).split(parts, 1)
-    x = augment.shift_and_crop(pixels[index], place, share=run.translate, side=crop)
+    side = run.sides[0] if crop is None else crop
+    x = augment.shift_and_crop(pixels[index], place, share=run.translate, side=side)
     x = augment.jitter(x.float() / 255, colours, strength=run.jitter)
     return augment.pretext_batch(x, damage, run.method, augmentation_kwargs(run))
 

@@ -253,6 +253,15 @@ def test_lengths_in_pixels_scale_with_the_image():
     assert train.augmentation_kwargs(replace(TINY, size=256))["scar"]["length"] == (10, 25)
 
 
+def test_training_takes_the_sides_of_crops_by_turns(pixels, monkeypatch):
+    sides, batch = [], train.batch
+    monkeypatch.setattr(
+        train, "batch", lambda *args: (made := batch(*args), sides.append(made[0].shape[-1]))[0]
+    )
+    train.fit(replace(ADAMW, crop=(16, 24, 0)), pixels)
+    assert sides == [16, 24, 32, 16]
+
+
 def test_training_reseeds_no_gpu_and_leaves_the_global_random_state_as_it_was(pixels, monkeypatch):
     reseeded, before = [], torch.get_rng_state()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)

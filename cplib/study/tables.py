@@ -318,7 +318,7 @@ def curves(workspace: Workspace) -> pd.DataFrame:
 def schedule(run: Run) -> str:
     """How a run was trained, in words: "AdamW 0.001, 64-px crops, 640 updates"."""
     optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
-    images = f"{run.crop}-px crops" if run.crop else f"{run.size} px"
+    images = f"{' and '.join(map(str, run.sides))}-px crops" if run.crop else f"{run.size} px"
     return f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
 
 
