@@ -369,13 +369,13 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _points(effect: float, error=0.0, margin=math.nan, of: str = "", among: int = 0) -> str:
-    """A difference with its error, the margin, and which comparison it is, the weakest of many."""
+    """A difference with its error, the margin, and which comparison it is, the smallest of many."""
     if pd.isna(effect):
         return ""
     text = f"{effect:+.1f}" + (f"±{error:.1f}" if error > 0 else "")
     text += "" if pd.isna(margin) else f", margin {margin:+.1f}"
     text += f"; {_pair(of)}" if of else ""
-    return f"{text}, weakest of {among}" if among else text
+    return f"{text}, the smallest of {among}" if among else text
 
 
 def _pair(text: str) -> str:
@@ -384,7 +384,7 @@ def _pair(text: str) -> str:
     for name in text.split(" over "):
         *network, a, b = ["", *(NAMES.get(part, part) for part in name.split("/"))]
         found.append(f"{network[-1]}: {a} and {b}".removeprefix(": ") if "/" in name else b)
-    return " over ".join(found)
+    return " minus ".join(found)
 
 
 def seen(workspace: Workspace, *names: str) -> str:
@@ -398,7 +398,7 @@ def seen(workspace: Workspace, *names: str) -> str:
     for claim, row in readable(table).iterrows():
         said = f"Ours {row['ours']}" * bool(row["ours"])
         said += f"; the paper {row['the paper']}" * bool(row["the paper"])
-        said += f" ({row['like the paper']})" * bool(row["like the paper"])
+        said += f" ({row['like the paper']})" * bool(row["ours"] and row["like the paper"])
         said += f". Without training {row['without training']}" * bool(row["without training"])
         lines.append(f"- {row['here']}: {claim} {said}{'.' * bool(said)}".rstrip())
     return "\n".join(lines)
@@ -409,7 +409,7 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     note = (
         f"Profile {workspace.profile.name}. {summary(table)} Each answer is at 95 %. Differences "
         "are in points of AUROC, ± one standard error: ours from the seeds, the paper's from its "
-        "own, on the same categories. If a claim has several comparisons, the weakest is shown. "
+        "own, on the same categories. If a claim has several comparisons, the smallest is shown. "
         "Without training: the same with a random or an ImageNet network in place of the trained "
         f"one, the better of the two. 'Agrees' means within {AGREE:g} points of the paper."
     )
