@@ -661,6 +661,10 @@ def test_an_estimate_counts_what_is_missing_at_the_rate_of_like_runs(copied, mon
     assert table["hours"].tolist() == pytest.approx([1200 / 20 / 3600, 400 / 20 / 3600, 0])
     assert estimate(other, frame(RUNS, copied), copied)["hours"].isna().all()
     assert estimate([], frame(RUNS, copied), copied).empty
+    mixed, turns = frame(RUNS, copied), replace(SIEVE, crop=(8, 16))
+    mixed["crop"] = [(8, 16) if name == SIEVE.id else 0 for name in mixed["id"]]
+    hours = estimate([turns], mixed, copied)["hours"]
+    assert hours.tolist() == pytest.approx([turns.images / 10 / 3600])
     monkeypatch.setattr(jobs, "device_name", lambda device: "another")
     assert estimate(todo, frame(RUNS, copied), copied)["hours"].isna().all()
 

@@ -306,7 +306,7 @@ def estimate(todo: Iterable[Run], done: pd.DataFrame, places: Places) -> pd.Data
     here = device_name(torch.device(places.device))
     done = done[done["images_per_second"].notna() & (done["device"] == here)]
     kind = ["backbone", "size", "crop"]
-    rates = done.groupby(kind)["images_per_second"].median()
+    rates = done.groupby(kind, sort=False)["images_per_second"].median()  # crop: number or tuple
     rows, trainings = [], set()
     for run in todo:
         images = 0 if run.training_id in trainings else run.images
