@@ -309,8 +309,14 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
             record(quick.results, run, auroc)
     name = "table1_image_level"
     found = compare(quick, name, values(quick, name))
-    assert result(found, name).endswith(
-        "CutPaste-3way is lowest on tile (80.0). CutPaste-3way minus the paper's number, in "
-        "points: pill -2.4, transistor -11.5, tile -13.4."
+    first, paper = result(found, name).split("\n\n")
+    assert first.endswith("CutPaste-3way is lowest on tile (80.0).")
+    assert paper == (
+        "- CutPaste-3way minus the paper's number: pill -2.4, transistor -11.5, tile -13.4 points. "
+        "The mean is -9.1, without pill -12.5."
     )
+    for category, auroc in (("tile", 70.0), ("pill", 90.0)):
+        record(quick.results, QUICK.run("untrained", category), auroc)
+    *_, trained = result(compare(quick, name, values(quick, name)), name).split("\n")
+    assert trained == "- CutPaste-3way minus random network: tile +10.0, pill +0.0 points."
     assert result(found[:0], name) == "Nothing is measured yet."

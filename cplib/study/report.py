@@ -35,7 +35,6 @@ METRIC_NAMES = {
     "aupro_30": "AUPRO up to 30 % of false positives",
     "aupro_05": "AUPRO up to 5 % of false positives",
 }
-HEADLINES = ("cutpaste_3way_patch", METHOD)  # rows that a table's sentence is about
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
 
 
@@ -323,7 +322,10 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
 
 
 def result(table: pd.DataFrame, name: str) -> str:
-    """A table's result in sentences: its rows in order, the weak category, and the paper beside."""
+    """A table's result in Markdown: its rows in order, the weak category, then differences.
+
+    These are of the rows that the table compares (``Table.compared``), and to the paper's numbers.
+    """
     metric = TABLES[name].metrics[0]
     table = table[table["metric"] == metric].dropna(subset="mean")
     if table.empty:
@@ -338,17 +340,30 @@ def result(table: pd.DataFrame, name: str) -> str:
         where = f"the mean of {len(measured)} {kinds}"
     ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
     title, said = METRIC_NAMES[metric], "; ".join(ordered) or "no row has all"
-    parts = [f"{title[0].upper()}{title[1:]}, {where}, in percent: {said}."]
-    main = next((m for m in HEADLINES if m in {*cells["method"]}), None)
-    if main and not cells["setting"].any():
+    text, points = f"{title[0].upper()}{title[1:]}, {where}, in percent: {said}.", []
+    grid = cells.pivot_table("mean", "category", "method", sort=False)
+    pairs = [pair for pair in TABLES[name].compared if pair[0] in grid]
+    for main in dict.fromkeys(row for row, _ in pairs):
         own = cells[cells["method"] == main].set_index("category")
         worst = own["mean"].idxmin()
-        if len(own) > 1:
-            parts += [f"{NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."]
-        gaps = own.eval("mean - published_mean").dropna().sort_values(ascending=False).round(1)
-        said = ", ".join(f"{NAMES[c]} {gap:+.1f}" for c, gap in gaps.items())
-        parts += [f"{NAMES[main]} minus the paper's number, in points: {said}."] if said else []
-    return " ".join(parts)
+        text += f" {NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."
+        gaps = {"the paper's number": own["mean"] - own["published_mean"]}
+        others = [other for row, other in pairs if row == main and other in grid]
+        gaps |= {NAMES[other]: grid[main] - grid[other] for other in others}
+        gaps = {other: gap.dropna() for other, gap in gaps.items() if gap.notna().any()}
+        points += [f"- {NAMES[main]} minus {other}: {_gaps(gap)}" for other, gap in gaps.items()]
+    return "\n".join([text, "", *points]).strip()
+
+
+def _gaps(gaps: pd.Series) -> str:
+    """Differences by category, and their mean with and without the one that moves it most."""
+    gaps = gaps.sort_values(ascending=False)
+    text = ", ".join(f"{NAMES[category]} {gap:+.1f}" for category, gap in gaps.items())
+    if len(gaps) < 3:
+        return f"{text} points."
+    most = (gaps - gaps.mean()).abs().idxmax()
+    rest = gaps.drop(most).mean()
+    return f"{text} points. The mean is {gaps.mean():+.1f}, without {NAMES[most]} {rest:+.1f}."
 
 
 def _ordered(rows: pd.DataFrame, setting: str) -> str:

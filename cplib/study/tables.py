@@ -23,6 +23,7 @@ TABLE6 = ("cutout", METHOD)
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 RELATIVE = ("learning_rate", "updates")  # values are multiples of the protocol's own
 SCORES = "scores"  # the measure that every run has
+LEAST_NORMAL = 10  # normal test images; with fewer an AUROC of images says nothing
 ALIGNED = "aligned"  # categories that always lie the same way (A.5)
 
 
@@ -57,6 +58,7 @@ class Table:
     axes: tuple[str, ...] = ()  # settings, each with a row for every value (see ``along``)
     categories: str = ""  # "categories" or "open_categories" of the study; empty: all
     metrics: tuple[str, ...] = ("image_auroc",)
+    compared: tuple[tuple[str, str], ...] = ()  # rows whose difference its sentences give
     note: str = ""
 
 
@@ -82,6 +84,7 @@ TABLES = {
             Row("ensemble", "Ensemble", method=METHOD, measure="ensemble"),
         ),
         metrics=IMAGE_METRICS,
+        compared=((METHOD, "untrained"), (METHOD, "pretrained")),
     ),
     "table2_pixel_level": Table(
         notebook="04",
@@ -98,6 +101,10 @@ TABLES = {
             ),
         ),
         metrics=PIXEL_METRICS,
+        compared=(
+            ("cutpaste_3way_patch", "untrained"),
+            ("cutpaste_3way_patch", "pretrained"),
+        ),
         note="GradCAM: the CutPaste-3way networks of Table 1.",
     ),
     "table3_pretrained_vs_finetuned": Table(
@@ -109,12 +116,25 @@ TABLES = {
             tuned("level7_pretrained", "ImageNet, level 7", "pretrained", measure="level7"),
             tuned("level7_finetuned", "finetuned, level 7", METHOD, measure="level7"),
         ),
+        compared=(
+            ("pool_finetuned", "pool_pretrained"),
+            ("level7_finetuned", "level7_pretrained"),
+        ),
     ),
-    "table4_cutout_variants": Table(notebook="06", rows=image_rows(*BASELINES, *TABLE4)),
-    "table5_binary_vs_3way": Table(notebook="07", rows=image_rows(*BASELINES, *TABLE5)),
+    "table4_cutout_variants": Table(
+        notebook="06",
+        rows=image_rows(*BASELINES, *TABLE4),
+        compared=(("cutpaste", "cutout"), ("cutpaste", "untrained")),
+    ),
+    "table5_binary_vs_3way": Table(
+        notebook="07",
+        rows=image_rows(*BASELINES, *TABLE5),
+        compared=((METHOD, "cutpaste_union"), (METHOD, "untrained")),
+    ),
     "table6_synthetic_anomalies": Table(
         notebook="08",
         rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
+        compared=((METHOD, "cutout"), (METHOD, "untrained")),
         note="Painted on the normal test images.",
     ),
     "table7_learning_rate_and_epochs": Table(
@@ -266,7 +286,10 @@ def values(workspace: Workspace, name: str) -> pd.DataFrame:
         if row.measure == "ensemble":
             ensembles.append(run)
         elif row.measure == SCORES:
-            found.append(head | finished[run][1])
+            record, metrics = finished[run]
+            found.append(head | metrics)
+            if record["images"]["normal"] < LEAST_NORMAL:
+                found[-1] |= dict.fromkeys(IMAGE_METRICS, np.nan)
         elif record := store.measured(run, row.measure, workspace.results):
             found += [head | part for part in table_rows(row.measure, run, record)]
     if ensembles:
