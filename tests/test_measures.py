@@ -13,7 +13,15 @@ from cplib.run import Run
 from cplib.score import Scorer, upsample_scores
 from cplib.study import measures, store
 from cplib.study.jobs import execute, execute_all
-from cplib.study.measures import MEASURES, constants, drawn, gradcam_copies, maps, synthetic
+from cplib.study.measures import (
+    MEASURES,
+    brightness,
+    constants,
+    drawn,
+    gradcam_copies,
+    maps,
+    synthetic,
+)
 from cplib.study.profiles import PROFILES
 from cplib.study.store import Places, checkpoint_file, load_network, measured, run_folder
 from cplib.study.synthetic import SYNTHETIC, paint
@@ -157,6 +165,20 @@ def test_gradcam_is_judged_on_copies_whose_damage_is_known(loaded, monkeypatch):
     assert gradcam_copies(RUN, net, training, replace(test, masks=None)) == {}
 
 
+def test_brightness_finds_a_light_that_changed_and_says_below_50_where_normal_images_changed():
+    def images(labels, light):
+        pixels = (torch.ones(len(light), 3, 8, 8) * torch.tensor(light)[:, None, None, None]).byte()
+        return datasets.Images(
+            pixels, torch.tensor(labels), ("x",) * len(light), None, ("x",) * len(light)
+        )
+
+    training = images([0, 0, 0], [100.0, 110.0, 120.0])
+    found = brightness(RUN, None, training, images([0, 0, 1, 1], [110.0, 112.0, 150.0, 60.0]))
+    assert found["training"] == pytest.approx([110, 10]) and found["image_auroc"] == 100
+    assert found["anomalous"] == pytest.approx([105, 63.64], abs=0.01)
+    assert brightness(RUN, None, training, images([0, 1], [90.0, 111.0]))["image_auroc"] == 0
+
+
 def test_recorded_maps_are_the_librarys_and_hold_no_pixel(loaded):
     net, training, test = loaded
     run = replace(RUN, window=32, stride=8)
@@ -206,6 +228,7 @@ def test_every_measure_tells_its_constants():
         "gradcam",
         "gradcam_copies",
         "maps",
+        "brightness",
         "level7",
         "synthetic",
         "density",

@@ -149,6 +149,7 @@ TABLES = {
 }
 # Measured for notebooks, without a table: ``records``, ``curves`` and ``values`` read it.
 FIGURES = {
+    "brightness": Table(notebook="03", rows=image_rows("untrained", measure="brightness", seeds=1)),
     "curves": Table(notebook="09", rows=image_rows(METHOD)),
     "density": Table(notebook="09", rows=image_rows(METHOD, measure="density")),
     "features": Table(
