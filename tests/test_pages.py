@@ -5,10 +5,12 @@ import os
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from cplib.apps.pages import write_pages
+from cplib.study import figures
 from cplib.study.claims import save_claims, verdicts
 from cplib.study.profiles import PROFILES
 from cplib.study.report import against_paper, save_table
@@ -104,3 +106,12 @@ def test_a_page_is_made_again_only_when_its_notebook_is_newer(results):
     os.utime(notebook, ns=(page.stat().st_mtime_ns + 1,) * 2)
     write_pages(results)
     assert "A title" in page.read_text()
+
+
+def test_a_close_up_shows_what_was_pasted_wherever_it_lies():
+    normal = torch.zeros(3, 64, 96)
+    for y, x in ((0, 0), (30, 40), (62, 94)):
+        image = normal.clone()
+        image[:, y : y + 2, x : x + 2] = 1
+        part = figures.close_up(image, normal)
+        assert part.shape == (3, 16, 24) and part.sum() == image.sum()

@@ -156,6 +156,16 @@ def test_the_average_over_what_was_measured_has_a_name_of_its_own_and_the_papers
     assert found["published_mean"] == pytest.approx((98.3 + 86.3) / 2)
 
 
+def test_that_average_is_over_the_categories_where_this_metric_was_measured():
+    runs = made_up(("bottle", "screw", "pill"))
+    runs = runs.assign(method="cutpaste_3way_patch", pixel_auroc=90.0)
+    runs.loc[runs["category"] == "pill", "pixel_auroc"] = np.nan
+    name, row = "table2_pixel_level", ("cutpaste_3way_patch", "", "")
+    table = against_paper(runs, name, rows=[row], metrics=("pixel_auroc",))
+    found = cell(table, row[0], "average_measured", "pixel_auroc")
+    assert found["published_mean"] == pytest.approx((97.6 + 96.7) / 2)
+
+
 # Beside the paper
 
 

@@ -157,7 +157,9 @@ def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, na
     unchanged = {"learning_rate": "1", "updates": "1", "patch_jitter": "0.1", "max_area": "0.15"}
     assert {(axis, unchanged[axis], 80) for axis in TABLES[name].axes} <= first  # the shared runs
     line = file.with_suffix(".md").read_text().splitlines()[0]
-    assert line.startswith("Profile quick; one setting is changed in each row; 1 seed. Ours, ")
+    assert (
+        "crop 64, head_batchnorm False; one setting is changed in each row; 1 seed. Ours, " in line
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -267,7 +269,9 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0, 0, 0]
 
 
-def test_a_caption_says_what_differs_from_table_1_and_how_many_seeds_a_cell_has(tmp_path):
+def test_a_caption_says_what_differs_from_the_papers_protocol_and_how_many_seeds_a_cell_has(
+    tmp_path,
+):
     workspace = workspace_of("quick", tmp_path, "screw", "transistor")
 
     def captioned(name):
@@ -278,11 +282,15 @@ def test_a_caption_says_what_differs_from_table_1_and_how_many_seeds_a_cell_has(
     record(tmp_path, QUICK.run("untrained", "screw", 0))
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
+    own = "updates 640, sources 16, learning_rate 0.0005, optimizer adamw, warmup 0.1, crop 64, "
+    own += "head_batchnorm False"
     assert captioned("table1_image_level") == (
-        "Profile quick; 1 seed, but 1 to 2 for CutPaste-3way."
+        f"Profile quick; {own}; 1 seed, but 1 to 2 for CutPaste-3way."
     )
     record(tmp_path, QUICK.run(METHOD, "screw", protocol="patch"))
-    assert captioned("table2_pixel_level").startswith("Profile quick; window 32, stride 8; 1 seed")
+    assert captioned("table2_pixel_level").startswith(
+        f"Profile quick; {own}, window 32, stride 8; 1 seed"
+    )
 
 
 def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(tmp_path):
@@ -310,7 +318,7 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
     name = "table1_image_level"
     found = compare(quick, name, values(quick, name))
     first, paper = result(found, name).split("\n\n")
-    assert first.endswith("CutPaste-3way is lowest on tile (80.0).")
+    assert first.endswith("is lowest on tile (80.0). Without tile: CutPaste-3way (87.0).")
     assert paper == (
         "- CutPaste-3way minus the paper's number: pill -2.4, transistor -11.5, tile -13.4 points. "
         "The mean is -9.1, without pill -12.5."

@@ -213,6 +213,17 @@ def class_rows(x: Tensor, methods: tuple[str, ...], options: dict) -> dict[str, 
     return rows
 
 
+def close_up(image: Tensor, normal: Tensor) -> Tensor:
+    """The part (3, H/4, W/4) of an image (3, H, W) around what differs from its normal original."""
+    shape = image.shape[1:]
+    middle = (image != normal).any(0).nonzero().double().mean(0).round().int().tolist()
+    rows, columns = (
+        slice(start := min(max(at - side // 8, 0), side - side // 4), start + side // 4)
+        for at, side in zip(middle, shape, strict=True)
+    )
+    return image[:, rows, columns]
+
+
 def every_category(table) -> Figure:
     """Table 1 at a glance: a mark for each method of ``SUMMARY`` in each category and on average.
 

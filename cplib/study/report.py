@@ -49,14 +49,14 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
 
 
 def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
-    """A line above a table: in what its training differs from Table 1's, and its seeds."""
+    """A line above a table: the fields of ``Run`` that its training changes, and its seeds."""
     profile, table, used = workspace.profile, TABLES[name], {*values["id"]}
     trained = [(row, run) for row, run in plan(workspace, name) if run.id in used]
     trained = [(row, run) for row, run in trained if run.needs_training]
     parts = [f"Profile {profile.name}"]
     own = [run for row, run in trained if row.measure == SCORES and not row.changes]
-    if own and not table.axes:
-        other = differing(own[-1], profile.run(own[-1].method, own[-1].category))
+    if own := own or [run for _, run in trained]:
+        other = differing(own[-1], Run(method=own[-1].method, category=own[-1].category))
         parts += [", ".join(f"{k} {v}" for k, v in other.items())] if other else []
     parts += ["one setting is changed in each row"] if table.axes else []
     parts += [_seeds(values) or "nothing was measured"]
@@ -156,9 +156,7 @@ def against_paper(
     ours = with_averages(summarise(runs, metrics))
     theirs = published(table) if paper else pd.DataFrame(columns=[*KEYS, *PUBLISHED])
     theirs = theirs[theirs["metric"].isin(metrics)].astype(dict.fromkeys(PUBLISHED, float))
-    measured = list(runs["source" if "source" in runs else "category"].unique())
-    if paper and "average_measured" in groups(measured):
-        theirs = pd.concat([theirs, _average_measured(theirs, measured)])
+    theirs = pd.concat([theirs, *(_average_measured(theirs, runs, m) for m in metrics if paper)])
     both = ours.merge(theirs, on=KEYS, how="outer")[COLUMNS]
     both["seeds"] = both["seeds"].astype("Int64")
     both["row"] = list(both[ROW].itertuples(index=False, name=None))
@@ -167,9 +165,12 @@ def against_paper(
     return _sorted(both, **order).drop(columns="row")
 
 
-def _average_measured(paper: pd.DataFrame, measured: list[str]) -> pd.DataFrame:
-    """The paper's own numbers averaged over the categories that we measured."""
-    part = paper[paper["category"].isin(measured)]
+def _average_measured(paper: pd.DataFrame, runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The paper's own numbers of a metric, averaged over the categories where we measured it."""
+    measured = runs.dropna(subset=metric)["source" if "source" in runs else "category"].unique()
+    if "average_measured" not in groups(measured):
+        return paper[:0]
+    part = paper[paper["category"].isin(measured) & (paper["metric"] == metric)]
     mean = part.groupby([*ROW, "metric"]).mean(numeric_only=True).reset_index()
     return mean.assign(category="average_measured")
 
@@ -322,21 +323,22 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
 
 
 def result(table: pd.DataFrame, name: str) -> str:
-    """A table's result in Markdown: its rows in order, the weak category, then differences.
+    """A table's result in Markdown, by its first metric.
 
-    These are of the rows that the table compares (``Table.compared``), and to the paper's numbers.
+    The rows in order, with and without the category where the main row is lowest. Then differences:
+    to the paper's numbers, and of the rows that the table compares (``Table.compared``).
     """
-    metric = TABLES[name].metrics[0]
+    metric = next(iter(table["metric"]), "")
     table = table[table["metric"] == metric].dropna(subset="mean")
     if table.empty:
         return "Nothing is measured yet."
     cells = table[~table["category"].str.startswith("average")]
     measured = list(cells["category"].unique())
     where, rows = f"on {measured[0]}", table[table["category"] == measured[0]]
+    kinds = "kinds" if {*measured} & {*SYNTHETIC} else "categories"
     if len(measured) > 1:
         average = next((c for c in AVERAGES[::-1] if c in {*table["category"]}), None)
         rows = table[table["category"] == average]
-        kinds = "kinds" if {*measured} & {*SYNTHETIC} else "categories"
         where = f"the mean of {len(measured)} {kinds}"
     ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
     title, said = METRIC_NAMES[metric], "; ".join(ordered) or "no row has all"
@@ -347,6 +349,9 @@ def result(table: pd.DataFrame, name: str) -> str:
         own = cells[cells["method"] == main].set_index("category")
         worst = own["mean"].idxmin()
         text += f" {NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."
+        if kinds == "categories" and len(own) > 2 and main == pairs[0][0]:
+            rest = grid.drop(worst).mean(skipna=False).dropna().rename("mean").reset_index()
+            text += f" Without {worst}: {_ordered(rest, '')}."
         gaps = {"the paper's number": own["mean"] - own["published_mean"]}
         others = [other for row, other in pairs if row == main and other in grid]
         gaps |= {NAMES[other]: grid[main] - grid[other] for other in others}
