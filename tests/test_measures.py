@@ -201,6 +201,8 @@ def test_recorded_maps_are_the_librarys_and_hold_no_pixel(loaded):
         else:  # 64 cells of 64 px
             assert torch.equal(mask > 0.5, test.masks[i])
     assert len(maps(run, *loaded, most=2)["images"]) == 2
+    kept = scorer.position_scores(test.pixels).float()  # as ``store.write`` keeps them
+    assert maps(run, None, None, test, kept)["images"] == images
 
 
 def test_recorded_maps_are_small_and_keep_the_thinnest_mask(loaded):

@@ -86,18 +86,28 @@ def gradcam_copies(
     return found | {"real anomalies": auroc(bad, masks)}
 
 
-def maps(run: Run, net: PretextNet, train: Images, test: Images, *, most: int = 7) -> dict:
+def maps(
+    run: Run,
+    net: PretextNet,
+    train: Images,
+    test: Images,
+    scores: torch.Tensor | None = None,
+    *,
+    most: int = 7,
+) -> dict:
     """What a patch run's anomaly maps are drawn from: scores of windows, without a pixel.
 
-    Of ``most`` test images: the first normal one by name, then the first one of each kind of
-    anomaly. Scores have three digits. A cell of a mask is marked where any of its pixels is; a row
-    of cells is a number of 16 hex digits. ``drawn`` reads an image.
+    ``scores`` are the windows' (N, P) where they are known; else the test images are scored. Of
+    ``most`` test images: the first normal one by name, then the first one of each kind of anomaly.
+    Scores have three digits. A cell of a mask is marked where any of its pixels is; a row of cells
+    is a number of 16 hex digits. ``drawn`` reads an image.
     """
     by_name = sorted(range(len(test)), key=test.names.__getitem__, reverse=True)
     first = {test.kinds[i]: i for i in by_name}
     chosen = sorted(first.values(), key=lambda i: (test.labels[i], test.kinds[i]))[:most]
-    scores = Scorer.fit(run, net, train.pixels).position_scores(test.pixels[chosen])
-    scores = scores.unflatten(1, positions(*test.pixels.shape[2:], run.window, run.stride))
+    if scores is None:
+        scores = Scorer.fit(run, net, train.pixels).position_scores(test.pixels)
+    scores = scores[chosen].unflatten(1, positions(*test.pixels.shape[2:], run.window, run.stride))
     images = []
     for i, rows in zip(chosen, scores.tolist(), strict=True):
         rows = [" ".join(f"{score:.3g}" for score in row) for row in rows]
@@ -220,10 +230,11 @@ def constants(name: str) -> dict:
 def keep(name: str, run: Run, net: PretextNet, images: dict[str, Images], places: Places) -> None:
     """Measure, and write the record beside the run's scores."""
     known = constants(name)
-    function = MEASURES[name.partition("-")[0]]
+    function, folder = MEASURES[name.partition("-")[0]], store.run_folder(run, places.results)
+    if function is maps:
+        function = partial(maps, scores=store.read_window_scores(folder))
     record = function(run, net, images["train"], images["test"], **known)
-    file = store.run_folder(run, places.results) / f"{name}.json"
-    store.write_json(file, record | ({"constants": known} if known else {}))
+    store.write_json(folder / f"{name}.json", record | ({"constants": known} if known else {}))
 
 
 def lacking(run: Run, names: list[str], places: Places) -> list[str]:
