@@ -14,7 +14,7 @@ from cplib.datasets import DEMO, MVTEC
 from cplib.study import claims
 from cplib.study.claims import CLAIMS, LEAST_CATEGORIES, Estimate, contrast, measured, verdicts
 from cplib.study.features import GROUPS, PAIRS
-from cplib.study.figures import ANSWER_MARKS
+from cplib.study.figures import ANSWER_MARKS, forest
 from cplib.study.paper import PRINTED, published
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.store import Places, run_folder
@@ -401,20 +401,45 @@ def some():
     return verdicts(frames | {T7: along_rates((90, 90, 90, 90), noise=8)})
 
 
-def test_the_readable_table_has_a_row_a_claim_by_answer_and_says_the_effect(some):
-    grid = claims.readable(some)
-    assert sorted(grid.index) == sorted(CLAIMS["claim"])
+def test_the_readable_tables_have_a_row_a_claim_by_answer_and_say_the_effect(some):
+    grid, more = claims.readable(some)
+    assert sorted(grid.index) == sorted(CLAIMS["claim"]) and list(more.index) == list(grid.index)
     assert list(grid["here"].unique()) == [f"**{word.capitalize()}**" for word in claims.ANSWERS]
     assert [*ANSWER_MARKS] == [*claims.ANSWERS]  # of the figure
-    assert "nan" not in " ".join(grid.to_numpy().ravel())
-    missing = grid[grid["here"] == "**Not measured**"]
-    assert (missing[["ours", "the paper", "without training"]] == "").all(axis=None)
-    row = some.set_index("id").loc["3way-over-cutpaste"]
+    assert "nan" not in " ".join([*grid.to_numpy().ravel(), *more.to_numpy().ravel()])
+    missing = grid.index[grid["here"] == "**Not measured**"]
+    assert (grid.loc[missing, "ours"] == "").all() and (more.loc[missing].iloc[:, 0] == "").all()
+    rows = some.set_index("id")
+    row = rows.loc["3way-over-cutpaste"]
     assert grid.loc[row.claim, "ours"] == f"{row.effect:+.1f}±{row.error:.1f}"
-    assert grid.loc[row.claim, "elsewhere"] == "yes, 5 categories"
+    paper = f"{row.paper_effect:+.1f}±{row.paper_error:.1f}; Table 1, section 4.1"
+    assert grid.loc[row.claim, "the paper"] == paper
+    assert grid.loc[rows.loc["insensitive-length"].claim, "the paper"] == "Table 7, appendix"
+    assert grid.loc[rows.loc["3way-over-imagenet"].claim, "the paper"] == "not in the paper"
+    assert more.loc[row.claim, "elsewhere"] == "yes, 5 categories"
     for needed, words in ((15, "15 would decide"), (16, "not decidable on MVTec AD")):
-        grid = claims.readable(some.assign(needed=needed))
-        assert grid.loc[row.claim, "elsewhere"] == f"yes, 5 categories; {words}"
+        _, more = claims.readable(some.assign(needed=needed))
+        assert more.loc[row.claim, "elsewhere"] == f"yes, 5 categories; {words}"
+
+
+def test_what_separates_groups_of_images_is_said_in_words():
+    said = claims._points(17, of="anomaly/cutpaste_scar over halfway", among=2)
+    words = "a plane separates real anomalies from pasted scars with AUROC 92.0"
+    assert said == f"17.0 above 75; {words}, the smallest of 2"
+    said = claims._points(-8, 0.5, of="untrained/normal/anomaly over chance")
+    words = "the Gaussian separates real anomalies from normal images with AUROC 42.0"
+    assert said == f"8.0±0.5 below 50; random network: {words}"
+
+
+def test_the_figure_counts_what_is_not_in_the_paper_apart(some):
+    axes = {ax.get_title(loc="left").split(":")[0].lower(): ax for ax in forest(some).axes}
+    for answer, part in some.groupby("here"):
+        own = (part["source"] == claims.OURS).sum()
+        head = f"{answer.capitalize()}: {len(part) - own}"
+        head += f", and {own} not in the paper" if own else ""
+        assert axes[answer].get_title(loc="left") == head
+        names = [label.get_text().replace("\n", " ") for label in axes[answer].get_yticklabels()]
+        assert sum(name.endswith(" (not in the paper)") for name in names) == own
 
 
 def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
@@ -423,11 +448,28 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
     assert text.startswith(f"Of 25 claims of the paper we confirm {found['yes']}, ")
     assert f"refute {found['no']}, leave {found['open']} open, have one seed for " in text
     assert f" and have not measured {found['not measured']}, on the categories" in text
-    answered = found.sum() - found[["one seed", "not measured"]].sum()
-    assert f"chance would confirm about {0.025 * answered:.1f}." in text
+    elsewhere = ours["elsewhere"].value_counts()["yes"]
+    assert ("one seed is enough" in text) == (elsewhere > found["yes"])
     printed = ours.dropna(subset=["effect", "paper_effect"])
-    same = sum(np.sign(printed["effect"]) == np.sign(printed["paper_effect"]))
-    assert f"prints {len(printed)} of these differences: {same} of ours have its sign" in text
+    theirs = printed[printed["paper_effect"] > printed["margin"].fillna(0)]
+    both = (theirs["effect"] > theirs["margin"].fillna(0)).sum()
+    assert f"For {len(printed)} claims the paper prints its numbers" in text
+    assert (
+        f"difference speaks for {len(theirs)} of them; for {both} of these {len(theirs)}, ours"
+        in text
+    )
+
+
+def test_a_margin_counts_for_what_the_papers_difference_speaks_for(some):
+    ours = some[some["source"] != claims.OURS].head(3)
+    table = ours.assign(
+        effect=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
+    )
+    assert (
+        "its difference speaks for 1 of them; for 1 of these 1, ours does, too."
+        in claims.summary(table)
+    )
+    assert claims.summary(table[1:]).endswith("its difference speaks for 0 of them.")
 
 
 def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):
@@ -436,5 +478,5 @@ def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):
     assert set(pd.read_csv(path)["here"]) == {"not measured"}
     text = path.with_suffix(".md").read_text()
     assert text.startswith("Profile quick. ")
-    assert text.count("\n| ") == len(CLAIMS) + 2  # head and rule
+    assert text.count("\n| ") == 2 * (len(CLAIMS) + 2)  # two tables, each with head and rule
     assert claims.seen(workspace, T1).count("\n- **Not measured**: ") == 8

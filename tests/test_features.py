@@ -19,6 +19,7 @@ from cplib.study.features import (
     features,
     findings,
     image_groups,
+    overlap,
     project,
     separability,
     table,
@@ -103,11 +104,27 @@ def test_what_training_changed_is_said_in_whole_percent():
     found |= {("screw", "untrained"): record(61, 59, 100), ("screw", METHOD): record(60, 90, 100)}
     numbers = table(found)
     assert numbers.loc["tile", "untrained"].tolist() == [78, 100, 50, 79, 79, 79]
-    text = findings(numbers, "untrained", METHOD)
-    assert "on scars in 2 of 2 categories, on real anomalies in 1." in text
-    assert "The largest difference is on screw: 100 against 61." in text
-    assert "**screw**: real anomalies 61, then 60 (a plane before training: 100)" in text
-    assert "scars 50, then 99." in text
+    text = findings(numbers, "untrained", METHOD, {})
+    assert "on scars in 2 of 2 categories, on patches in 0, on real anomalies in 1." in text
+    assert "100 on patches, 94 on scars and 80 on real anomalies (before: 100, 54 and 70)" in text
+    assert "both kinds of pasted anomalies are found more easily than real ones" in text
+    assert "on screw a plane" in text and "with AUROC 100, the Gaussian with 61." in text
+    for auroc in (0.0, 99):  # the light of screw tells, and of tile a point is too little to tell
+        text = findings(numbers, "untrained", METHOD, {"tile": 60, "screw": auroc})
+        assert "On screw brightness alone separates" in text and "a plane separates" not in text
+    found["tile", METHOD] = record(100, 20, 98)
+    found["screw", METHOD] = record(99, 30, 98)
+    text = findings(table(found), "untrained", METHOD, {"tile": None, "grid": 0})
+    assert "patches are found more easily than real anomalies, scars are not" not in text
+    assert "neither patches nor scars" in text and "brightness" not in text
+
+
+def test_real_anomalies_next_to_a_pasted_copy_are_counted():
+    x = {"normal": [0, 9], "anomaly": [1, 4, 4.5, 11, 20], "cutpaste": [3.8], "cutpaste_scar": [12]}
+    record = {"tsne": {group: [values, [0] * len(values)] for group, values in x.items()}}
+    text = overlap({"tile": record, "screw": record})
+    assert text.count(" of 5 on ") == 2
+    assert text.endswith("3 of 5 on tile (patch 1, scar 2) and 3 of 5 on screw (patch 1, scar 2).")
 
 
 @pytest.mark.parametrize("label", [0, 1])

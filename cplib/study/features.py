@@ -23,6 +23,8 @@ from cplib.train import augmentation_kwargs
 
 GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
+LIGHT = 10.0  # AUROC of brightness, percent: below it, or above the rest to 100, it is enough alone
+MORE = 5  # points of AUROC: a smaller difference of plane and Gaussian is not told
 
 
 def features(
@@ -149,23 +151,61 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
 
 
-def findings(numbers: pd.DataFrame, before: str, after: str) -> str:
-    """What training changed, in words, from a ``table`` with both methods: Markdown."""
+def overlap(records: dict[str, dict]) -> str:
+    """How far real and pasted anomalies overlap in t-SNE, a sentence, from records by category.
+
+    It counts the real anomalies whose nearest point is that of a pasted copy.
+    """
+    parts = []
+    for category, record in records.items():
+        groups = [np.transpose(record["tsne"][group]) for group in GROUPS]
+        group = np.repeat(range(len(GROUPS)), [len(points) for points in groups])
+        real = group == GROUPS.index("anomaly")
+        far = np.linalg.norm(groups[1][:, None] - np.concatenate(groups), axis=2)
+        far[range(real.sum()), np.flatnonzero(real)] = np.inf  # itself
+        patch, scar = np.bincount(group[far.argmin(1)], minlength=len(GROUPS))[2:]
+        parts.append(f"{patch + scar} of {real.sum()} on {category} (patch {patch}, scar {scar})")
+    return (
+        "Real and pasted anomalies that lie together look alike to the network: in t-SNE after "
+        f"training, the point nearest to a real anomaly is a pasted copy for {' and '.join(parts)}."
+    )
+
+
+def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[str, float]) -> str:
+    """What training changed, in words, from a ``table`` with both methods.
+
+    ``brightness``: by category the AUROC, percent, of the record of that name. Beyond LIGHT on
+    either side, brightness alone separates normal from anomalous test images.
+    """
     first, last = (numbers.xs(method, level="method") for method in (before, after))
-    real, scar, plane = "Gaussian: real", "Gaussian: scar", "plane: real"
-    more, beyond = (last > first).sum(), first[plane] - first[real]
-    most = beyond.idxmax()
-    lines = [
+    real, patch, scar = (f"Gaussian: {group}" for group in ("real", "patch", "scar"))
+    more, old, new = (last > first).sum(), first.mean().round(), last.mean().round()
+    words = {
+        (True, True): "both kinds of pasted anomalies are found more easily than real ones",
+        (True, False): "patches are found more easily than real anomalies, scars are not",
+        (False, True): "scars are found more easily than real anomalies, patches are not",
+        (False, False): "neither patches nor scars are found more easily than real anomalies",
+    }[new[patch] > new[real], new[scar] > new[real]]
+    text = (
         f"Training raises the Gaussian's AUROC on scars in {more[scar]} of {len(last)} categories, "
-        f"on real anomalies in {more[real]}. Before training, a plane separates real anomalies "
-        f"from normal images better than the Gaussian in {(beyond > 0).sum()}. The largest "
-        f"difference is on {most}: {first[plane][most]} against {first[real][most]}.",
-        "\nThe Gaussian's AUROC before training, then after it:\n",
-    ]
-    for category, old in first.iterrows():
-        new = last.loc[category]
-        lines.append(
-            f"- **{category}**: real anomalies {old[real]}, then {new[real]} (a plane before "
-            f"training: {old[plane]}); scars {old[scar]}, then {new[scar]}."
+        f"on patches in {more[patch]}, on real anomalies in {more[real]}. After training, its mean "
+        f"is {new[patch]:.0f} on patches, {new[scar]:.0f} on scars and {new[real]:.0f} on real "
+        f"anomalies (before: {old[patch]:.0f}, {old[scar]:.0f} and {old[real]:.0f}): {words}."
+    )
+    aurocs = pd.Series(brightness, dtype=float).reindex(first.index)
+    light = [*aurocs.index[(aurocs - 50).abs() > 50 - LIGHT]]
+    if light:
+        text += (
+            f" On {' and '.join(light)} brightness alone separates normal from anomalous test "
+            "images (notebook 03): there a plane needs only the light, not the defect, to tell "
+            "real anomalies from normal images and from their copies."
         )
-    return "\n".join(lines)
+    beyond = (first["plane: real"] - first[real]).drop(light)
+    if len(beyond) and beyond.max() >= MORE:
+        most = beyond.idxmax()
+        text += (
+            " Before training, the features hold more than the Gaussian uses: on "
+            f"{most} a plane separates real anomalies from normal images with AUROC "
+            f"{first['plane: real'][most]}, the Gaussian with {first[real][most]}."
+        )
+    return text

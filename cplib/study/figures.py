@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cplib.augment import METHODS, example_batch
 from cplib.datasets import DEMO, MVTEC, atomic
+from cplib.study.claims import OURS
 from cplib.study.tables import NAMES
 
 # Seaborn's colour-blind palette without what cannot be read on white, and without its grey.
@@ -145,7 +146,8 @@ MARGIN_MARK = {"marker": "|", "color": "black", "ms": 12, "mew": 1.5}
 def forest(table, limit: float = 40.0) -> Figure:
     """The claims, as ``study.claims`` judges them: effects with intervals, by the answer here.
 
-    Percentage points; an arrow points to what is beyond ``limit`` on either side.
+    A heading counts the paper's claims and, apart from them, ours; these are marked. Percentage
+    points; an arrow points to what is beyond ``limit`` on either side.
     """
     parts = {answer: table[table["here"] == answer] for answer in ANSWER_MARKS}
     parts = {answer: part for answer, part in parts.items() if len(part)}
@@ -154,10 +156,13 @@ def forest(table, limit: float = 40.0) -> Figure:
     options = {"sharex": True, "squeeze": False, "height_ratios": heights}
     fig, axes = plt.subplots(len(parts), figsize=size, **options)
     for ax, (answer, part) in zip(axes[:, 0], parts.items(), strict=True):
-        ax.set_title(f"{answer.capitalize()}: {len(part)}", loc="left", weight="bold", pad=2)
+        ours = part["source"] == OURS
+        head = f"{answer.capitalize()}: {(~ours).sum()}"
+        head += f", and {ours.sum()} {OURS.lower()}" if any(ours) else ""
+        ax.set_title(head, loc="left", weight="bold", pad=2)
         ax.set(xlim=(-limit - 2, limit + 2), ylim=(len(part) - 0.5, -0.5))
-        names = [fill(claim, 60) for claim in part["claim"]]
-        ax.set_yticks(range(len(part)), names, fontsize="small")
+        names = part["claim"].mask(ours, part["claim"].str.rstrip(".") + f" ({OURS.lower()})")
+        ax.set_yticks(range(len(part)), [fill(name, 60) for name in names], fontsize="small")
         ax.axvline(0, color="black", lw=1)
         ax.grid(False, axis="y")
         for y, row in enumerate(part.itertuples()):

@@ -372,7 +372,6 @@ NAMES = Names(
         "cutpaste_union": "Binary (union)",
         "cutpaste_3way": "CutPaste-3way",
         "anomaly": "real anomaly",  # of Figure 3
-        "halfway": "75 %",
         "one": "one Gaussian",  # of footnote 1
         "average_measured": "average of the measured",
     }
