@@ -23,7 +23,6 @@ TABLE6 = ("cutout", METHOD)
 FINETUNED = ("pool_pretrained", "pool_finetuned", "level7_pretrained", "level7_finetuned")
 RELATIVE = ("learning_rate", "updates")  # values are multiples of the protocol's own
 SCORES = "scores"  # the measure that every run has
-LEAST_NORMAL = 10  # normal test images; with fewer an AUROC of images says nothing
 ALIGNED = "aligned"  # categories that always lie the same way (A.5)
 
 
@@ -274,11 +273,13 @@ def values(workspace: Workspace, name: str) -> pd.DataFrame:
     """What was measured, from the records: a row a measured run with ROW, ``category``, ``seed``.
 
     ``id`` is the run's; the other columns are the table's metrics. Table 6 has a row for each kind
-    of anomaly, as ``category``, and the run's category as ``source``.
+    of anomaly, as ``category``, and the run's category as ``source``. Image-level metrics are empty
+    where less than half of the data set's normal test images were available.
     """
     entries = plan(workspace, name)
     finished = workspace.finished([run for _, run in entries])
-    found, ensembles = [], []
+    data, found, ensembles = DATASETS[workspace.profile.dataset], [], []
+    official = dict(zip(data.categories, data.normal, strict=bool(data.normal)))
     for row, run in entries:
         if run not in finished:
             continue
@@ -289,7 +290,7 @@ def values(workspace: Workspace, name: str) -> pd.DataFrame:
         elif row.measure == SCORES:
             record, metrics = finished[run]
             found.append(head | metrics)
-            if record["images"]["normal"] < LEAST_NORMAL:
+            if 2 * record["images"]["normal"] < official.get(run.category, 0):
                 found[-1] |= dict.fromkeys(IMAGE_METRICS, np.nan)
         elif record := store.measured(run, row.measure, workspace.results):
             found += [head | part for part in table_rows(row.measure, run, record)]
