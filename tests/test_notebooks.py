@@ -236,7 +236,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
     ),
     "01.2": (
         "01_cutpaste_in_four_steps",
-        lambda old, new: old.last == new.last and abs(old.piece - new.piece).max() > 0.01,
+        lambda old, new: old.paste_box == new.paste_box and abs(old.piece - new.piece).max() > 0.01,
     ),
     "02.1": (
         "02_ten_lines_learn",
