@@ -64,7 +64,7 @@ def test_a_profiles_page_is_made_of_its_tables_and_figures(name):
     assert not broken
 
 
-NUMBERS = "3.11 7 6 5 20 50 256 5.3 10.6 2.0 4.0 2.7 256x256 2021 12 18 1 2 3 4"
+NUMBERS = "3.11 7 6 5 20 50 64 256 5.3 10.6 2.0 4.0 2.7 256x256 2021 12 18 1 2 3 4"
 NUMBERS += " 66.7 15 03 05 09 11"  # none of them is a result
 
 

@@ -117,9 +117,9 @@ def own() -> pd.DataFrame:
     return rows[rows["recommended"] == 1].set_index("category").reindex(measured())
 
 
-def photos(statistic: str) -> str:
-    """The "mean" or "min" over the categories of ``own``'s image AUROC."""
-    return f"{own()['image_auroc'].agg(statistic):.1f}"
+def photos(column: str, statistic: str) -> str:
+    """The "mean" or "min" over the categories of a column of ``own``."""
+    return f"{own()[column].agg(statistic):.1f}"
 
 
 def notebooks(part: str) -> str:
