@@ -8,11 +8,10 @@ import nbformat
 import pandas as pd
 
 from cplib.apps.workspace import ROOT
-from cplib.study import store
 from cplib.study.claims import OURS
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.report import markdown, number, read_table
-from cplib.study.store import read, run_folder
+from cplib.study.store import read, read_record, run_folder
 
 TEMPLATE = ROOT / "docs" / "README.template.md"
 PORTS = Path(__file__).parents[1] / "study" / "paper" / "other_implementations.csv"
@@ -58,8 +57,8 @@ def above(first: str, second: str) -> str:
 
 def brightness(category: str) -> str:
     """The image AUROC of the images' mean brightness alone."""
-    run, results = PROFILES["quick"].run("untrained", category), ROOT / "results" / "quick"
-    return f"{store.measured(run, 'brightness', results)['image_auroc']:.1f}"
+    folder = run_folder(PROFILES["quick"].run("untrained", category), ROOT / "results" / "quick")
+    return f"{read_record(folder / 'brightness.json')['image_auroc']:.1f}"
 
 
 def uncommitted() -> str:

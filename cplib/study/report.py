@@ -351,7 +351,7 @@ def result(table: pd.DataFrame, name: str) -> str:
         text += f" {NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."
         if kinds == "categories" and len(own) > 2 and main == pairs[0][0]:
             rest = grid.drop(worst).mean(skipna=False).dropna().rename("mean").reset_index()
-            text += f" Without {worst}: {_ordered(rest, '')}."
+            text += f" Without {NAMES[worst]}: {_ordered(rest, '')}."
         gaps = {"the paper's number": own["mean"] - own["published_mean"]}
         others = [other for row, other in pairs if row == main and other in grid]
         gaps |= {NAMES[other]: grid[main] - grid[other] for other in others}
