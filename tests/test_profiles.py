@@ -46,15 +46,10 @@ def test_finetuning_does_not_take_what_a_profile_changed_for_training_from_scrat
     assert run.size == profile.finetune.get("size", 256)
 
 
-def test_quick_takes_its_patch_model_from_the_networks_of_table_1():
-    patch = QUICK.run(METHOD, "bottle", protocol="patch")
-    assert patch.window
-    assert patch.training_id == QUICK.run(METHOD, "bottle").training_id
-
-
-def test_a_profile_that_is_like_another_starts_from_its_entries():
-    later = PROFILES["next"]
-    assert (later.finetune, later.seeds, later.dataset) == (QUICK.finetune, QUICK.seeds, "mvtec")
+def test_the_demo_takes_its_patch_model_from_the_networks_of_table_1():
+    image, patch = (PROFILES["demo"].run(METHOD, "sieve", protocol=p) for p in ("image", "patch"))
+    assert (image.window, patch.window) == (0, 32)
+    assert patch.training_id == image.training_id
 
 
 @EVERY
