@@ -6,7 +6,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from cplib.run import Run
 from cplib.study import report
 from cplib.study.paper import ROW, published
 from cplib.study.profiles import METHOD, PROFILES
@@ -49,7 +48,7 @@ def test_the_papers_profile_has_the_papers_rows_of_five_seeds_and_every_category
 
 def test_values_are_multiples_of_the_protocols_own_where_they_are_relative():
     first, second = (changes(QUICK, name) for name in STUDIES)
-    own = QUICK.run(METHOD, "screw")
+    own = QUICK.run(METHOD, "screw", protocol="sensitivity")
     assert first["updates", "1.5"] == {"updates": 1.5 * own.updates}
     assert first["learning_rate", "0.333"] == {"learning_rate": pytest.approx(0.000167)}
     assert changes(PAPER, STUDIES[0])["learning_rate", "3.33"] == {"learning_rate": 0.1}
@@ -115,8 +114,8 @@ def test_seeds_of_a_study_that_were_measured_before_are_shown_in_every_row(tmp_p
 def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path):
     workspace = workspace_of("quick", tmp_path)
     entries = plan(workspace, "unstated_choices")
-    table1 = set(planned(workspace, "table1_image_level"))
-    assert {row.cell[1:] for row, run in entries if run in table1} == {
+    own = {QUICK.run(METHOD, c, protocol="sensitivity") for c in ("tile", "transistor")}
+    assert {row.cell[1:] for row, run in entries if run in own} == {
         ("head", "512-128"),
         ("translate", "0.125"),
         ("jitter", "0.1-0.1-0.1-0"),
@@ -170,7 +169,7 @@ def test_the_unstated_choices_make_a_table_without_the_papers_numbers(quick):
         row.cell for row in rows_of(QUICK, name)
     ]
     assert tidy["published_mean"].isna().all() and tidy["mean"].notna().all()
-    assert "paper" not in (quick.results / "tables" / f"{name}.md").read_text()
+    assert "the paper's numbers" not in (quick.results / "tables" / f"{name}.md").read_text()
 
 
 @pytest.mark.filterwarnings("error")
@@ -237,9 +236,8 @@ def test_table_2_changes_one_thing_of_the_patch_model_at_a_time(tmp_path):
     found = {(run.category, row.key.removeprefix(name)): run for row, run in entries}
     grid, bottle = found["grid", ""], found["bottle", ""]
     assert found["grid", "_wide"] == replace(grid, window=64)
-    assert found["grid", "_longer"] == replace(grid, updates=2560)
     assert found["bottle", "_shared"] == replace(bottle, gaussians="shared")
-    assert not {("grid", "_shared"), ("bottle", "_wide"), ("bottle", "_longer")} & set(found)
+    assert not {("grid", "_shared"), ("bottle", "_wide")} & set(found)
     assert {run for row, run in entries if row.measure == "gradcam"} <= {
         QUICK.run(METHOD, category) for category in workspace.shown
     }
@@ -252,21 +250,18 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     workspace = workspace_of("quick", tmp_path, "screw", "tile")
     assert curves(workspace).empty
     own = QUICK.run(METHOD, "screw", 1)
-    cut = Run(method=METHOD, category="screw", updates=100, curve=4)
-    longer = QUICK.run(METHOD, "screw", updates=2560)
-    record(tmp_path, own, curve={320: 80, 640: 82})
-    record(tmp_path, cut, curve={25: 55, 100: 60})
-    record(tmp_path, longer, curve={640: 70, 2560: 90})
+    small = QUICK.run(METHOD, "screw", size=128, crop=0)
+    record(tmp_path, own, curve={400: 80, 800: 82})
+    record(tmp_path, small, curve={200: 70, 800: 90})
     record(tmp_path, replace(own, updates=10), curve={5: 99})
     found = curves(workspace)
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {
-        "AdamW 0.0005, 64-px crops, 640 updates": [320, 640],
-        "SGD 0.03, 256 px, 100 updates": [25, 100],
-        "AdamW 0.0005, 64-px crops, 2560 updates": [640, 2560],
+        "AdamW 0.001, 64 and 128-px crops, 800 updates": [400, 800],
+        "AdamW 0.001, 128 px, 800 updates": [200, 800],
     }
-    assert found["auroc"].tolist() == [80, 82, 55, 60, 70, 90]
+    assert found["auroc"].tolist() == [80, 82, 70, 90]
     assert found["minutes"].tolist() == found["update"].tolist()
-    assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert set(found["category"]) == {"screw"} and found["seed"].tolist() == [1, 1, 0, 0]
 
 
 def test_a_caption_says_what_differs_from_the_papers_protocol_and_how_many_seeds_a_cell_has(
@@ -282,15 +277,17 @@ def test_a_caption_says_what_differs_from_the_papers_protocol_and_how_many_seeds
     record(tmp_path, QUICK.run("untrained", "screw", 0))
     for seed, category in ((0, "screw"), (1, "screw"), (0, "transistor")):
         record(tmp_path, QUICK.run(METHOD, category, seed))
-    own = "updates 640, sources 16, learning_rate 0.0005, optimizer adamw, warmup 0.1, crop 64, "
-    own += "head_batchnorm False"
+    own = "changed from the paper: updates 800, sources 16, learning_rate 0.001, optimizer adamw, "
+    own += "warmup 0.1"
     assert captioned("table1_image_level") == (
-        f"Profile quick; {own}; 1 seed, but 1 to 2 for CutPaste-3way."
+        f"Profile quick; {own}, crop (64, 128); 1 seed, but 1 to 2 for CutPaste-3way."
     )
+    for seed in range(3):
+        record(tmp_path, QUICK.run("cutout", "screw", seed))
+    caption = captioned("table1_image_level")
+    assert caption.endswith("; 1 seed, but 3 for Cutout and 1 to 2 for CutPaste-3way.")
     record(tmp_path, QUICK.run(METHOD, "screw", protocol="patch"))
-    assert captioned("table2_pixel_level").startswith(
-        f"Profile quick; {own}, window 32, stride 8; 1 seed"
-    )
+    assert captioned("table2_pixel_level").startswith(f"Profile quick; {own}, stride 8; 1 seed")
 
 
 def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(tmp_path):
@@ -301,30 +298,43 @@ def test_a_profiles_protocol_says_what_it_changes_and_which_images_were_lacking(
     weights = {"file": "some.pth"}
     record(tmp_path, QUICK.run("pretrained", "grid"), images=few, weights=weights)
     text = protocol(workspace)
-    assert "| updates | 65536 | 640 |" in text and "momentum" not in text
+    assert "| updates | 65536 | 800 |" in text and "momentum" not in text
     assert "| grid | 256x256 | 264 | 5 (of 21) | 57 | 0 (of 57) |" in text
     assert "| tile | 900x900 | 230 | 33 | 84 | 84 |" in text
     assert "in fp32 (made up)" in text and "`some.pth`" in text
+    record(tmp_path, QUICK.run(METHOD, "grid", protocol="patch"), images=few)
+    name = "table2_pixel_level"
+    text = report.caption(workspace, name, values(workspace, name))
+    assert "; normal test images: grid 5 (of 21). " in text and "ImageNet" not in text
+    demo = workspace_of("demo", tmp_path)
+    for method in ("pretrained", METHOD):
+        record(tmp_path, demo.profile.run(method, "sieve"), images=few)
+    name = "table1_image_level"
+    text = report.caption(demo, name, values(demo, name))
+    assert "; ImageNet features of efficientnet_lite0; " in text
 
 
 def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_papers_gap(quick):
     assert "learning rate: " in result(
         compare(quick, STUDIES[0], values(quick, STUDIES[0])), STUDIES[0]
     )
-    for category, auroc in (("tile", 95.0), ("pill", 90.0)):
-        run = QUICK.run(METHOD, category)
-        if not run_folder(run, quick.results).exists():
-            record(quick.results, run, auroc)
+    for category, auroc in (("tile", 80.0), ("pill", 90.0), ("transistor", 84.0)):
+        record(quick.results, QUICK.run(METHOD, category), auroc)
     name = "table1_image_level"
     found = compare(quick, name, values(quick, name))
-    first, paper = result(found, name).split("\n\n")
-    assert first.endswith("is lowest on tile (80.0). Without tile: CutPaste-3way (87.0).")
+    first, _, points, _ = result(found, name).split("\n\n")
+    order, paper = points.split("\n")
+    assert first == (
+        "**CutPaste-3way: 84.7 % image AUROC**, the mean of 3 categories: 9.1 points below the "
+        "paper's number. It is lowest on tile (80.0)."
+    )
+    assert order == "- Image AUROC in order, mean of 3 categories: CutPaste-3way (84.7)."
     assert paper == (
         "- CutPaste-3way minus the paper's number: pill -2.4, transistor -11.5, tile -13.4 points. "
-        "The mean is -9.1, without pill -12.5."
+        "The mean is -9.1; without pill, which moves it most, -12.5."
     )
     for category, auroc in (("tile", 70.0), ("pill", 90.0)):
         record(quick.results, QUICK.run("untrained", category), auroc)
-    *_, trained = result(compare(quick, name, values(quick, name)), name).split("\n")
-    assert trained == "- CutPaste-3way minus random network: tile +10.0, pill +0.0 points."
+    *_, trained, _, _, _ = result(compare(quick, name, values(quick, name)), name).split("\n")
+    assert trained == "- CutPaste-3way minus a random network: tile +10.0, pill +0.0 points."
     assert result(found[:0], name) == "Nothing is measured yet."

@@ -18,7 +18,7 @@ from cplib.datasets import DATASETS, write_text
 from cplib.run import BASELINES
 from cplib.study.claims import summary
 from cplib.study.profiles import PROFILES
-from cplib.study.report import markdown, protocol, read_table, result, wide
+from cplib.study.report import folded, markdown, protocol, read_table, result, wide
 from cplib.study.store import Places
 from cplib.study.tables import METHOD, NAMES, TABLES
 from cplib.study.workspace import Workspace
@@ -165,7 +165,7 @@ def _table(results: Path, name: str) -> str:
     if others := [grid for grid in others if len(grid)]:
         names = ", ".join(grid.columns.name.removesuffix(", %") for grid in others)
         text = "\n\n".join(map(markdown, others))
-        parts.append(f"<details><summary>{names}</summary>\n\n{text}\n\n</details>")
+        parts.append(folded(names, text))
     return "\n\n".join(part.strip() for part in parts)
 
 

@@ -29,28 +29,22 @@ from scipy.stats import t
 from cplib.datasets import DATASETS, MVTEC
 from cplib.run import BASELINES
 from cplib.study.paper import PRINTED, groups, published
-from cplib.study.report import save_markdown, write_csv
+from cplib.study.report import markdown, save_markdown, write_csv
 from cplib.study.tables import ALL, NAMES, values
 from cplib.study.workspace import Workspace
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 OURS = "Not in the paper"  # the source of our own questions
-YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, without training, too"
+YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, but without training, too"
 ONE_SEED, NOT_MEASURED = "one seed", "not measured"
 AGREES, SMALLER, LARGER, OPPOSITE, NOT_PRINTED = "agrees", "smaller", "larger", "opposite", ""
-ANSWERS = {  # in the order in which they are shown, and what we do with so many claims
-    YES: "confirm {}",
-    UNTRAINED: "confirm {} without training, too",
-    NO: "refute {}",
-    OPEN: "leave {} open",
-    ONE_SEED: "have one seed for {}",
-    NOT_MEASURED: "have not measured {}",
-}
+ANSWERS = (YES, UNTRAINED, NO, OPEN, ONE_SEED, NOT_MEASURED)  # in the order they are shown
 QUESTIONS = ("here", "paper", "elsewhere")
 MARGIN = (
     "Some claims allow a loss: with margin -1.0, a claim holds if the difference is above -1.0."
 )
 AGREE = 2.0  # points
+PRINTED_DIGIT = 0.1  # the paper's numbers are rounded to it, so a smaller difference is a tie
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
@@ -68,6 +62,7 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "needed", "compared", "comparisons"]
+WORDS = ["here", "ours", "the paper", "without training", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
 Pair = tuple[str, str]
@@ -140,16 +135,17 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     ``effect`` is the smallest mean difference of all comparisons, and ``weakest`` names it: the
     first over the second, along a setting the smaller over the larger. ``error`` is its standard
     error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
-    ``here_low`` to ``here_high`` and, elsewhere, ``low`` to ``high``; ``needed`` is how many
+    ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere, ``low`` to
+    ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how many
     categories would decide the claim there. ``paper_effect`` is the paper's, of the same pair and
     categories. ``null_effect`` is the difference without training.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
     well and training adds nothing that is certain; "one seed" where a value has no
-    second seed; else "open". Elsewhere is answered in the same way, without the null. The paper:
-    "agrees" if every difference less the paper's lies within AGREE points; "larger", "smaller" or
-    "opposite" if one lies beyond; else "open"; empty where the paper prints no number.
+    second seed; else "open". Elsewhere is answered in the same way, but one seed is enough. The
+    paper: "agrees" if every difference less the paper's lies within AGREE points; "larger",
+    "smaller" or "opposite" if one lies beyond; else "open"; empty where the paper prints no number.
     """
     return pd.DataFrame([_row(claim, frames) for claim in claims.itertuples()], columns=COLUMNS)
 
@@ -170,7 +166,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if not found:
         return row | dict.fromkeys(QUESTIONS, NOT_MEASURED)
     bound, complete = np.nan_to_num(margin), len(found) == len(pairs)
-    row["here"], row["here_low"], row["here_high"] = _answer(found, Estimate.here, bound, complete)
+    row["here"], *_ = _answer(found, Estimate.here, bound, complete)
     if row["here"] == OPEN and any(math.isnan(e.error) for e in found.values()):
         row["here"] = ONE_SEED
     row["elsewhere"], row["low"], row["high"] = _answer(found, Estimate.elsewhere, bound, complete)
@@ -178,6 +174,8 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
         row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
     pair = next(iter(found))
     row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
+    if row["here"] != ONE_SEED:
+        row["here_low"], row["here_high"] = found[pair].here()
     row["categories"] = min(len(e.gaps) for e in found.values())
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
     row["paper"] = NOT_PRINTED
@@ -275,7 +273,8 @@ def _agreement(pairs: list[tuple[Estimate, Estimate]]) -> str:
         elif low >= -AGREE and high <= AGREE:
             found.append(AGREES)
         elif sure_high < -AGREE:
-            found.append(OPPOSITE if ours.here(len(pairs))[1] < 0 else SMALLER)
+            turned = ours.here(len(pairs))[1] < 0 and abs(theirs.mean) >= PRINTED_DIGIT
+            found.append(OPPOSITE if turned else SMALLER)
         else:
             found.append(LARGER if sure_low > AGREE else OPEN)
     return min(found, key=(OPPOSITE, SMALLER, LARGER, ONE_SEED, OPEN, AGREES).index)
@@ -302,12 +301,13 @@ def _with_null(row: dict, claim, rows: Rows, bound: float) -> dict:
         if found := _differences(pairs, rows):
             pair, estimate = next(iter(found.items()))
             nulls.append((estimate.mean, " over ".join(pair)))
-            alone, *_ = _answer(found, Estimate.here, bound, len(found) == len(pairs))
             both = zip(_pairs(claim.order), pairs, strict=True)
             gains = [contrast(rows, [a, d], [b, c]) for (a, b), (c, d) in both]
-            adds = all(gain and gain.here()[0] > 0 for gain in gains)
-            if row["here"] == alone == YES and not adds:
-                row["here"] = UNTRAINED
+            for question, limits in (("here", Estimate.here), ("elsewhere", Estimate.elsewhere)):
+                alone, *_ = _answer(found, limits, bound, len(found) == len(pairs))
+                adds = all(gain and limits(gain)[0] > 0 for gain in gains)
+                if row[question] == alone == YES and not adds:
+                    row[question] = UNTRAINED
     return row | dict(zip(("null_effect", "null"), max(nulls, default=()), strict=False))
 
 
@@ -331,82 +331,79 @@ def categories_needed(gaps: pd.Series, comparisons: int = 1) -> float:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """How many of the paper's claims have which answers, in a few sentences."""
+    """How many of the paper's claims have which answers: a table in Markdown, and sentences."""
     table = table[table["source"] != OURS]
-    here, elsewhere = (_counted(table[question]) for question in ("here", "elsewhere"))
-    text = f"Of {len(table)} claims of the paper we {here}, on the categories measured here."
-    text += f" For categories not tried, we {elsewhere}."
-    if (table["elsewhere"] == YES).sum() > (table["here"] == YES).sum():
-        text += " More can be confirmed there, since the error comes from the differences between"
-        text += " categories, not from the seeds: one seed is enough."
+    counts = {question: table[question].value_counts() for question in ("here", "elsewhere")}
+    grid = pd.DataFrame(counts).reindex(ANSWERS).dropna(how="all").convert_dtypes()
+    grid = grid.rename(index=str.capitalize).rename_axis("claims of the paper")
+    answered, single = (table["here"].isin(words).sum() for words in (ANSWERS[:4], ANSWERS[4:5]))
+    text = (
+        f"Of {len(table)} claims of the paper, {answered} are answered here; {single} more need a "
+    )
+    text += f"second seed.\n\n{markdown(grid)}"
     printed = table.dropna(subset=["effect", "paper_effect"])
-    bound = printed["margin"].fillna(0)
+    bound = printed["margin"].fillna(0) + PRINTED_DIGIT / 2
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
-        text += f" For {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
+        text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
         text += " on these categories. Without regard to errors, its difference speaks for"
-        text += f" {theirs.sum()} of them"
-        both = (theirs & ours).sum()
-        text += f"; for {both} of these {theirs.sum()}, ours does, too." if any(theirs) else "."
-    return text
-
-
-def _counted(answers: pd.Series) -> str:
-    """How often each answer is given: "confirm 1, refute 2 and leave 3 open"."""
-    counts = answers.value_counts()
-    *most, last = (words.format(counts[k]) for k, words in ANSWERS.items() if k in counts)
-    return " and ".join(filter(None, [", ".join(most), last]))
+        text += f" {theirs.sum()} of them; ours for {(theirs & ours).sum()} of these."
+    left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
+    return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 
 
 def readable(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The claims as a person reads them: two tables of texts, a row a claim, by the answer here.
+    """The measured claims as a person reads them: two tables, a row a claim, by the answer here.
 
-    The first has that answer, our difference, and the paper's with its place; the second has the
-    difference without training and the two other answers.
+    The first has the answers here and elsewhere, our difference, and the paper's with its place;
+    the second has the difference without training and whether ours is like the paper's.
     """
-    grid = _words(table)
+    grid = _words(table[table["here"] != NOT_MEASURED])
     numbers = grid["the paper"].where(grid["the paper"] == "", grid["the paper"] + "; ")
     places = grid["where"].replace(OURS, OURS.lower())
-    answers = grid[["here", "ours"]].assign(**{"the paper": numbers + places})
-    return answers, grid[["without training", "like the paper", "elsewhere"]]
+    answers = grid[["here", "elsewhere", "ours"]].assign(**{"the paper": numbers + places})
+    return answers, grid[["without training", "like the paper"]]
 
 
 def _words(table: pd.DataFrame) -> pd.DataFrame:
     """All texts of ``readable``."""
-    rows, rank = {}, [*ANSWERS].index
+    rows, rank = {}, ANSWERS.index
     table = table.sort_values("here", key=lambda answers: answers.map(rank), kind="stable")
     for row in table.itertuples():
-        weakest = (row.weakest, row.compared) if row.comparisons > 1 else ()
         where = f", {row.categories} categor{'y' if row.categories == 1 else 'ies'}"
         needed = f"; {row.needed:.0f} would decide"
         if row.needed > len(MVTEC.categories):
             needed = "; not decidable on MVTec AD"
         more = where * (row.categories > 0) + needed * pd.notna(row.needed)
+        among = f", the smallest of {row.compared}" * (row.compared > 1)
+        among += f" ({row.comparisons - row.compared} not measured)" * (
+            0 < row.compared < row.comparisons
+        )
+        of = row.weakest if row.comparisons > 1 else ""
+        interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
+        error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
         rows[row.claim] = {
             "here": f"**{row.here.capitalize()}**",
-            "ours": _points(row.effect, row.error, row.margin, *weakest),
-            "the paper": _points(row.paper_effect, row.paper_error),
+            "ours": _points(row.effect, interval, row.margin, of) + among,
+            "the paper": _points(row.paper_effect, error),
             "without training": _points(row.null_effect, of=row.null),
             "like the paper": row.paper,
             "elsewhere": row.elsewhere + more,
             "where": row.source,
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
+    grid = pd.DataFrame.from_dict(rows, orient="index", dtype=object)
+    return grid.reindex(columns=WORDS).astype(object).rename_axis("claim")
 
 
-def _points(effect: float, error=0.0, margin=math.nan, of: str = "", among: int = 0) -> str:
-    """A difference with its error, the margin, and which comparison it is, the smallest of many."""
+def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> str:
+    """A difference with its interval or error, the margin, and which comparison it is."""
     if pd.isna(effect):
         return ""
-    text = f"{effect:+.1f}" + (f"±{error:.1f}" if error > 0 else "")
-    text += "" if pd.isna(margin) else f", margin {margin:+.1f}"
     first, _, second = of.partition(" over ")
     if level := SEPARATION.get(second):
-        side = "above" if effect > 0 else "below"
-        text = f"{text[1:]} {side} {level:g}; {_separates(first)} with AUROC {level + effect:.1f}"
-    elif of:
-        text += f"; {NAMES[first]} minus {NAMES[second]}"
-    return f"{text}, the smallest of {among}" if among > 1 else text
+        return f"{_separates(first)} with AUROC {level + effect:.1f} (limit: {level:g})"
+    text = f"{effect:+.1f}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
+    return text + (f"; {NAMES[first]} minus {NAMES[second]}" if of else "")
 
 
 def _separates(pair: str) -> str:
@@ -421,33 +418,42 @@ def _separates(pair: str) -> str:
 def seen(workspace: Workspace, *names: str) -> str:
     """What was seen of the claims about these tables, as Markdown: the answer here first."""
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
-    text = "Each answer is for the categories measured here. Differences are in points of AUROC, "
-    text += "± one standard error from the seeds; notebook 11 says how answers are made."
+    left = int((table["here"] == NOT_MEASURED).sum())
+    table = table[table["here"] != NOT_MEASURED].set_index("claim", drop=False)
+    text = "The claims, for the categories measured here. Differences are in points of AUROC, with "
+    text += "a 95 % interval from the seeds in brackets. Notebook 11 says how answers are made."
     if workspace.profile.dataset == "demo":
         text += " On the demo set an answer illustrates, and is no evidence for the method."
     if table["margin"].notna().any():
         text += f" {MARGIN}"
     lines = [text, ""]
     for claim, row in _words(table).iterrows():
-        said = f"Ours {row['ours']}" * bool(row["ours"])
-        said += f"; the paper {row['the paper']}" * bool(row["the paper"])
-        said += f" ({row['like the paper']})" * bool(row["ours"] and row["like the paper"])
-        said += f". Without training {row['without training']}" * bool(row["without training"])
-        lines.append(f"- {row['here']}: {claim} {said}{'.' * bool(said)}".rstrip())
+        holds = table["effect"][claim] > np.nan_to_num(table["margin"][claim])
+        whole = table["compared"][claim] == table["comparisons"][claim]
+        side = f" (our value speaks {'for' if holds else 'against'} it)"
+        answer = row["here"] + side * bool(table["here"][claim] == ONE_SEED and whole)
+        said = f"Ours: {row['ours']}"
+        said += f"; the paper: {row['the paper']}" * bool(row["the paper"])
+        said += f"; without training: {row['without training']}" * bool(row["without training"])
+        lines.append(f"- {answer}: {claim} {said}.")
+    if left:
+        lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
     return "\n".join(lines)
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
     """Write ``results/tables/claims.csv`` and ``.md``; returns the path of the CSV."""
     note = (
-        f"Profile {workspace.profile.name}. {summary(table)} Each answer is at 95 %. Differences "
-        "are in points of AUROC, ± one standard error: ours from the seeds, the paper's from its "
-        "own, on the same categories. If a claim has several comparisons, the smallest is shown. "
-        f"{MARGIN} Where the paper prints no number for these categories, its place stands alone."
-        "\n\nThe second table has, for the same claims: without training, the same difference with "
-        "a random or an ImageNet network in place of the trained one, the better of the two; like "
-        f"the paper, whether the two differences agree within {AGREE:g} points; elsewhere, whether "
-        "the claim holds for categories not tried."
+        f"Profile {workspace.profile.name}. Here: on the categories measured; the error comes from "
+        "the seeds. Elsewhere: for categories not tried; the error comes from how categories "
+        f"differ, so one seed is enough. Each answer is at 95 %.\n\n{summary(table)}\n\n"
+        "Differences are in points of AUROC: ours with a 95 % interval from the seeds, the paper's "
+        "± one standard error, on the same categories. If a claim has several comparisons, the "
+        f"smallest is shown. {MARGIN} Where the paper prints no number for these categories, its "
+        "place stands alone.\n\nThe second table has, for the same claims: without training, the "
+        "same difference with a random or an ImageNet network in place of the trained one, the "
+        "better of the two; like the paper, whether the two differences agree within "
+        f"{AGREE:g} points."
     )
     path = save_markdown(workspace.results, "claims", note, [*readable(table)])
     write_csv(path.with_suffix(".csv"), table)

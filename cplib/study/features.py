@@ -24,7 +24,7 @@ from cplib.train import augmentation_kwargs
 GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
 LIGHT = 10.0  # AUROC of brightness, percent: below it, or above the rest to 100, it is enough alone
-MORE = 5  # points of AUROC: a smaller difference of plane and Gaussian is not told
+MORE = 5  # points of AUROC: what differs less counts as nearly the same
 
 
 def features(
@@ -143,69 +143,79 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
             "Gaussian: real": gaussian["anomaly"],
             "Gaussian: patch": gaussian["cutpaste"],
             "Gaussian: scar": gaussian["cutpaste_scar"],
-            "plane: real": plane["normal anomaly"],
-            "plane: real, patch": plane["anomaly cutpaste"],
-            "plane: real, scar": plane["anomaly cutpaste_scar"],
+            "plane: real against normal": plane["normal anomaly"],
+            "plane: real against patch": plane["anomaly cutpaste"],
+            "plane: real against scar": plane["anomaly cutpaste_scar"],
         }
     index = pd.MultiIndex.from_tuples(rows, names=["category", "method"])
     return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
 
 
-def overlap(records: dict[str, dict]) -> str:
-    """How far real and pasted anomalies overlap in t-SNE, a sentence, from records by category.
-
-    It counts the real anomalies whose nearest point is that of a pasted copy.
-    """
-    parts = []
-    for category, record in records.items():
-        groups = [np.transpose(record["tsne"][group]) for group in GROUPS]
-        group = np.repeat(range(len(GROUPS)), [len(points) for points in groups])
-        real = group == GROUPS.index("anomaly")
-        far = np.linalg.norm(groups[1][:, None] - np.concatenate(groups), axis=2)
-        far[range(real.sum()), np.flatnonzero(real)] = np.inf  # itself
-        patch, scar = np.bincount(group[far.argmin(1)], minlength=len(GROUPS))[2:]
-        parts.append(f"{patch + scar} of {real.sum()} on {category} (patch {patch}, scar {scar})")
-    return (
-        "Real and pasted anomalies that lie together look alike to the network: in t-SNE after "
-        f"training, the point nearest to a real anomaly is a pasted copy for {' and '.join(parts)}."
-    )
-
-
 def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[str, float]) -> str:
-    """What training changed, in words, from a ``table`` with both methods.
+    """What training changed, a list in Markdown, from a ``table`` with both methods.
 
     ``brightness``: by category the AUROC, percent, of the record of that name. Beyond LIGHT on
-    either side, brightness alone separates normal from anomalous test images.
+    either side, brightness alone separates normal from anomalous test images; means of planes leave
+    such categories out. ImageNet features, where the table has them, tell what CutPaste adds.
     """
     first, last = (numbers.xs(method, level="method") for method in (before, after))
     real, patch, scar = (f"Gaussian: {group}" for group in ("real", "patch", "scar"))
-    more, old, new = (last > first).sum(), first.mean().round(), last.mean().round()
-    words = {
-        (True, True): "both kinds of pasted anomalies are found more easily than real ones",
-        (True, False): "patches are found more easily than real anomalies, scars are not",
-        (False, True): "scars are found more easily than real anomalies, patches are not",
-        (False, False): "neither patches nor scars are found more easily than real anomalies",
-    }[new[patch] > new[real], new[scar] > new[real]]
-    text = (
-        f"Training raises the Gaussian's AUROC on scars in {more[scar]} of {len(last)} categories, "
-        f"on patches in {more[patch]}, on real anomalies in {more[real]}. After training, its mean "
-        f"is {new[patch]:.0f} on patches, {new[scar]:.0f} on scars and {new[real]:.0f} on real "
-        f"anomalies (before: {old[patch]:.0f}, {old[scar]:.0f} and {old[real]:.0f}): {words}."
-    )
+    planes = [f"plane: real against {group}" for group in ("normal", "patch", "scar")]
+    n, more, old, new = len(last), (last > first).sum(), first.mean().round(), last.mean().round()
+    easier = [(last[kind] > last[real]).sum() for kind in (patch, scar)]
     aurocs = pd.Series(brightness, dtype=float).reindex(first.index)
     light = [*aurocs.index[(aurocs - 50).abs() > 50 - LIGHT]]
+    points = [
+        f"Training raises the Gaussian's AUROC on scars in {more[scar]} of {n} categories, "
+        f"on patches in {more[patch]}, on real anomalies in {more[real]}. After training, its mean "
+        f"is {new[patch]:.0f} on patches, {new[scar]:.0f} on scars and {new[real]:.0f} on real "
+        f"anomalies (before: {old[patch]:.0f}, {old[scar]:.0f} and {old[real]:.0f}). Patches are "
+        f"found more easily than real anomalies in {easier[0]} of {n} categories, scars in "
+        f"{easier[1]}."
+    ]
+    if len(light) < n:
+        old, new = (part.drop(light)[planes[1:]].mean().round() for part in (first, last))
+        which = f"Without {' and '.join(light)}, a" if light else "A"
+        points += [
+            f"{which} plane separates real anomalies from patches with a mean AUROC of "
+            f"{new.iloc[0]:.0f} after training, from scars with {new.iloc[1]:.0f} (before: "
+            f"{old.iloc[0]:.0f} and {old.iloc[1]:.0f})."
+        ]
     if light:
-        text += (
-            f" On {' and '.join(light)} brightness alone separates normal from anomalous test "
-            "images (notebook 03): there a plane needs only the light, not the defect, to tell "
+        points += [
+            f"On {' and '.join(light)} brightness alone separates normal from anomalous test "
+            "images (notebook 03). There a plane needs only the light, not the defect, to tell "
             "real anomalies from normal images and from their copies."
-        )
-    beyond = (first["plane: real"] - first[real]).drop(light)
+        ]
+    beyond = (first[planes[0]] - first[real]).drop(light)
     if len(beyond) and beyond.max() >= MORE:
         most = beyond.idxmax()
-        text += (
-            " Before training, the features hold more than the Gaussian uses: on "
+        points += [
+            "Before training, the features hold more than the Gaussian uses: on "
             f"{most} a plane separates real anomalies from normal images with AUROC "
-            f"{first['plane: real'][most]}, the Gaussian with {first[real][most]}."
+            f"{first[planes[0]][most]}, the Gaussian with {first[real][most]}."
+        ]
+    if "pretrained" in numbers.index.unique("method"):
+        points += _against_imagenet(last, numbers.xs("pretrained", level="method"), light)
+    return "\n".join(f"- {point}" for point in points)
+
+
+def _against_imagenet(last: pd.DataFrame, imagenet: pd.DataFrame, light: list[str]) -> list[str]:
+    """Which means ImageNet features reach without CutPaste, a sentence or none."""
+    there = last.index.intersection(imagenet.index)
+    like, less = [], []
+    for column in last:
+        kept = there.difference(light) if column.startswith("plane") else there
+        ours, theirs = last.loc[kept, column].mean(), imagenet.loc[kept, column].mean()
+        if len(kept):
+            near = round(ours) - round(theirs) < MORE
+            (like if near else less).append(f"{column} ({theirs:.0f} and {ours:.0f})")
+    text = "ImageNet features, which never saw CutPaste, have lower means (theirs first)."
+    if like:
+        text = (
+            "ImageNet features, which never saw CutPaste, reach the mean of CutPaste-3way or come "
+            f"within {MORE} points of it (theirs first): {'; '.join(like)}. There a high number is "
+            "no evidence for CutPaste."
         )
-    return text
+    text += f" They are at least {MORE} points lower here: {'; '.join(less)}." if less else ""
+    return [text]

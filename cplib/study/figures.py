@@ -133,7 +133,7 @@ def scatter(ax: Axes, groups: dict[str, list]) -> None:
 
 ANSWER_MARKS = {  # of a claim's answer here, in the order in which they are shown
     "yes": {"marker": "o", "color": "C2", "ms": 8},
-    "yes, without training, too": {"marker": "P", "color": "C0", "ms": 8},
+    "yes, but without training, too": {"marker": "P", "color": "C0", "ms": 8},
     "no": {"marker": "X", "color": "C3", "ms": 8},
     "open": {"marker": "s", "color": "0.35", "ms": 7},
     "one seed": {"marker": "o", "color": "0.35", "ms": 5},
@@ -151,6 +151,8 @@ def forest(table, limit: float = 40.0) -> Figure:
     """
     parts = {answer: table[table["here"] == answer] for answer in ANSWER_MARKS}
     parts = {answer: part for answer, part in parts.items() if len(part)}
+    if len(parts) > 1:
+        parts.pop("not measured", None)
     heights = [len(part) + 0.6 for part in parts.values()]
     size = (11, 0.4 * sum(heights) + 1)
     options = {"sharex": True, "squeeze": False, "height_ratios": heights}

@@ -21,7 +21,7 @@ from cplib.study.paper import (
     published,
     with_settings,
 )
-from cplib.study.profiles import METHOD
+from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.synthetic import SYNTHETIC
 from cplib.study.tables import NAMES, SCORES, TABLES, plan, planned, rows_of
 from cplib.study.workspace import Workspace
@@ -49,16 +49,21 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
 
 
 def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
-    """A line above a table: the fields of ``Run`` that its training changes, and its seeds."""
+    """A line above a table: what its training changes of the paper's, its seeds, what it lacks."""
     profile, table, used = workspace.profile, TABLES[name], {*values["id"]}
-    trained = [(row, run) for row, run in plan(workspace, name) if run.id in used]
-    trained = [(row, run) for row, run in trained if run.needs_training]
+    entries = [(row, run) for row, run in plan(workspace, name) if run.id in used]
+    trained = [(row, run) for row, run in entries if run.needs_training]
     parts = [f"Profile {profile.name}"]
-    own = [run for row, run in trained if row.measure == SCORES and not row.changes]
-    if own := own or [run for _, run in trained]:
-        other = differing(own[-1], Run(method=own[-1].method, category=own[-1].category))
-        parts += [", ".join(f"{k} {v}" for k, v in other.items())] if other else []
+    own = [pair for pair in trained if pair[0].measure == SCORES and not pair[0].changes]
+    if own := own or trained:
+        row, run = own[-1]
+        other = differing(run, PROFILES["paper"].run(run.method, run.category, 0, row.protocol))
+        changed = ", ".join(f"{k} {v}" for k, v in other.items())
+        parts += [f"changed from the paper: {changed}"] if other else []
     parts += ["one setting is changed in each row"] if table.axes else []
+    features = {run.backbone for row, run in entries if row.key == "pretrained"}
+    features -= {run.backbone for _, run in trained}
+    parts += [f"ImageNet features of {backbone}" for backbone in features]
     parts += [_seeds(values) or "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
     folders = [(store.run_folder(run, workspace.results), row.measure) for row, run in trained]
@@ -66,11 +71,13 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     painted = [record.get("constants", record) for record in painted]
     sides = dict.fromkeys(tuple(record["side"]) for record in painted if "side" in record)
     parts += [f"shapes of {100 * low:.3g} to {100 * high:.3g} % of a side" for low, high in sides]
-    records = [record for record, _ in workspace.finished(run for _, run in trained).values()]
-    old = {record["draws"] for record in records} - {DRAWS_VERSION}  # versions are not mixed
-    parts += [
-        f"made with version {version} of the random numbers, not {DRAWS_VERSION}" for version in old
-    ]
+    finished = workspace.finished(run for _, run in trained)
+    records = {run: record for run, (record, _) in finished.items()}
+    old = {record["draws"] for record in records.values()} - {DRAWS_VERSION}  # not mixed
+    parts += [f"random draws of version {version}, not {DRAWS_VERSION}" for version in old]
+    normal = dict(_images(records)["normal"]) if records else {}
+    few = ", ".join(f"{name} {found}" for name, found in normal.items() if "of" in str(found))
+    parts += [f"normal test images: {few}"] if few else []
     return f"{'; '.join(parts)}. {table.note}".strip()
 
 
@@ -90,9 +97,9 @@ def _seeds(values: pd.DataFrame) -> str:
         text = " to ".join(map(str, sorted({counts.min(), counts.max()})))
         words.setdefault(text, []).append(NAMES[method])
     most = max(words, key=lambda text: len(words[text]), default="")
-    others = [f"{text} for {', '.join(names)}" for text, names in words.items() if text != most]
     said = most and f"{most} seed{'s' * (most != '1')}"
-    return ", but ".join([said, *others])
+    others = [f"{text} for {', '.join(names)}" for text, names in words.items() if text != most]
+    return f"{said}, but {' and '.join(others)}" if others else said
 
 
 def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
@@ -233,8 +240,16 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def _noted(note: str, grids: list[pd.DataFrame]) -> str:
-    """A note and then each grid that has rows, in Markdown."""
-    return "\n".join([f"{note}\n", *(markdown(grid) for grid in grids if len(grid))])
+    """A note and then each grid that has rows, in Markdown; those after the second are folded."""
+    grids = [grid for grid in grids if len(grid)]
+    texts = [markdown(grid) for grid in grids]
+    names = ", ".join(grid.columns.name.removesuffix(", %") for grid in grids[2:])
+    return "\n".join([f"{note}\n", *texts[:2], folded(names, "\n".join(texts[2:]))])
+
+
+def folded(title: str, text: str) -> str:
+    """A text in Markdown that a click on its title shows; nothing without a text."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>\n" if text else ""
 
 
 def markdown(grid: pd.DataFrame, form: str = "{}") -> str:
@@ -325,39 +340,49 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
 def result(table: pd.DataFrame, name: str) -> str:
     """A table's result in Markdown, by its first metric.
 
-    The rows in order, with and without the category where the main row is lowest. Then differences:
-    to the paper's numbers, and of the rows that the table compares (``Table.compared``).
+    For each main row (``Table.compared``): its mean, how far that is from the paper's number and
+    from the rows it is compared with, and where it is lowest. Folded: all rows in order, and the
+    differences in each category.
     """
     metric = next(iter(table["metric"]), "")
     table = table[table["metric"] == metric].dropna(subset="mean")
     if table.empty:
         return "Nothing is measured yet."
     cells = table[~table["category"].str.startswith("average")]
-    measured = list(cells["category"].unique())
-    where, rows = f"on {measured[0]}", table[table["category"] == measured[0]]
-    kinds = "kinds" if {*measured} & {*SYNTHETIC} else "categories"
-    if len(measured) > 1:
-        average = next((c for c in AVERAGES[::-1] if c in {*table["category"]}), None)
-        rows = table[table["category"] == average]
-        where = f"the mean of {len(measured)} {kinds}"
-    ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
-    title, said = METRIC_NAMES[metric], "; ".join(ordered) or "no row has all"
-    text, points = f"{title[0].upper()}{title[1:]}, {where}, in percent: {said}.", []
     grid = cells.pivot_table("mean", "category", "method", sort=False)
+    what = "kinds" if {*cells["category"]} & {*SYNTHETIC} else "categories"
+    title = METRIC_NAMES[metric]
     pairs = [pair for pair in TABLES[name].compared if pair[0] in grid]
+    text, points = [], []
     for main in dict.fromkeys(row for row, _ in pairs):
         own = cells[cells["method"] == main].set_index("category")
-        worst = own["mean"].idxmin()
-        text += f" {NAMES[main]} is lowest on {NAMES[worst]} ({own['mean'][worst]:.1f})."
-        if kinds == "categories" and len(own) > 2 and main == pairs[0][0]:
-            rest = grid.drop(worst).mean(skipna=False).dropna().rename("mean").reset_index()
-            text += f" Without {NAMES[worst]}: {_ordered(rest, '')}."
         gaps = {"the paper's number": own["mean"] - own["published_mean"]}
+        gaps = {} if what == "kinds" else gaps  # the paper's shapes have other sizes
         others = [other for row, other in pairs if row == main and other in grid]
-        gaps |= {NAMES[other]: grid[main] - grid[other] for other in others}
+        gaps |= {NAMES[o].replace("random", "a random"): grid[main] - grid[o] for o in others}
         gaps = {other: gap.dropna() for other, gap in gaps.items() if gap.notna().any()}
+        text.append(_verdict(NAMES[main], title, own["mean"], gaps, what))
         points += [f"- {NAMES[main]} minus {other}: {_gaps(gap)}" for other, gap in gaps.items()]
-    return "\n".join([text, "", *points]).strip()
+    places = [*AVERAGES[::-1] * (len(grid) > 1), *cells["category"]]
+    place = next(c for c in places if c in {*table["category"]})
+    rows = table[table["category"] == place]
+    ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
+    where = f"mean of {len(grid)} {what}" if place in AVERAGES else NAMES[place]
+    points.insert(0, f"- {title[0].upper()}{title[1:]} in order, {where}: {'; '.join(ordered)}.")
+    return "\n\n".join([*text, folded("All rows and categories", "\n".join(points))])
+
+
+def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> str:
+    """A row's mean, its mean differences where they are on all its categories, and its lowest."""
+    where = f"the mean of {len(own)} {what}" if len(own) > 1 else f"on {NAMES[own.index[0]]}"
+    said = [
+        f"{abs(gap.mean()):.1f} points {'above' if gap.mean() > 0 else 'below'} {other}"
+        for other, gap in gaps.items()
+        if len(gap) == len(own)
+    ]
+    text = f"**{name}: {own.mean():.1f} % {metric}**, {where}"
+    text += f": {', '.join(said)}." if said else "."
+    return text + f" It is lowest on {NAMES[own.idxmin()]} ({own.min():.1f})." * (len(own) > 1)
 
 
 def _gaps(gaps: pd.Series) -> str:
@@ -367,8 +392,8 @@ def _gaps(gaps: pd.Series) -> str:
     if len(gaps) < 3:
         return f"{text} points."
     most = (gaps - gaps.mean()).abs().idxmax()
-    rest = gaps.drop(most).mean()
-    return f"{text} points. The mean is {gaps.mean():+.1f}, without {NAMES[most]} {rest:+.1f}."
+    text += f" points. The mean is {gaps.mean():+.1f}; without {NAMES[most]}, which moves it most,"
+    return f"{text} {gaps.drop(most).mean():+.1f}."
 
 
 def _ordered(rows: pd.DataFrame, setting: str) -> str:

@@ -134,7 +134,6 @@ TABLES = {
         notebook="08",
         rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
         compared=((METHOD, "cutout"), (METHOD, "untrained")),
-        note="Painted on the normal test images.",
     ),
     "table7_learning_rate_and_epochs": Table(
         notebook="09", axes=("learning_rate", "updates"), categories="categories"
