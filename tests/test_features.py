@@ -103,27 +103,18 @@ def test_what_training_changed_is_said_in_whole_percent():
     found |= {("screw", "untrained"): record(61, 59, 100), ("screw", METHOD): record(60, 90, 100)}
     numbers = table(found)
     assert numbers.loc["tile", "untrained"].tolist() == [78, 100, 50, 79, 79, 79]
-    text = findings(numbers, "untrained", METHOD, {})
-    assert "on scars in 2 of 2 categories, on patches in 0, on real anomalies in 1." in text
-    assert "100 on patches, 94 on scars and 80 on real anomalies (before: 100, 54 and 70)" in text
-    assert "more easily than real anomalies in 2 of 2 categories, scars in 1." in text
-    assert "from patches with a mean AUROC of 99 after training, from scars with 99 (" in text
-    assert "on screw a plane" in text and "with AUROC 100, the Gaussian with 61." in text
+    text, means = findings(numbers, "untrained", METHOD, {"tile": None, "grid": 0})
+    assert text == "Training raises most: Gaussian: scar (54 to 94)."
+    assert means.loc["untrained"].tolist() == [70, 100, 54, 90, 90, 90] and "without" not in text
     for auroc in (0.0, 99):  # the light of screw tells, and of tile a point is too little to tell
-        text = findings(numbers, "untrained", METHOD, {"tile": 60, "screw": auroc})
-        assert "On screw brightness alone separates" in text and "on screw a plane" not in text
-        assert (
-            "Without screw, a plane separates real anomalies from patches with a mean AUROC of 98 "
-            in text
-        )
+        text, means = findings(numbers, "untrained", METHOD, {"tile": 60, "screw": auroc})
+        assert "The means are without screw: there brightness" in text
+        assert means.loc[METHOD].tolist() == [99, 100, 99, 98, 98, 98]
     found["tile", "pretrained"] = record(96, 93.6, 98)  # nearly as the trained one, but on scars
-    text = findings(table(found), "untrained", METHOD, {})
-    near, far = text.split("ImageNet features")[1].split("at least")
-    assert "Gaussian: real (96 and 99)" in near and "Gaussian: scar (94 and 99)" in far
-    found["tile", METHOD] = record(100, 20, 98)
-    found["screw", METHOD] = record(99, 30, 98)
-    text = findings(table(found), "untrained", METHOD, {"tile": None, "grid": 0})
-    assert "in 1 of 2 categories, scars in 0." in text and "brightness" not in text
+    found["tile", METHOD] = record(70, 98.6, 98)
+    text, _ = findings(table(found), "untrained", METHOD, {"screw": 0})
+    assert "Gaussian: scar (50 to 99), and lowers most: Gaussian: real (78 to 70). " in text
+    assert "reach it in 5 of 6 columns" in text
 
 
 @pytest.mark.parametrize("label", [0, 1])

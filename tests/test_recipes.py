@@ -31,7 +31,7 @@ from cplib.study.tables import measure
 workspace = open_workspace("own", sys.argv[1], "sieve")
 for name in ("table5_binary_vs_3way", "mine"):
     print(wide(compare(workspace, name, measure(workspace, name))).to_string())
-print(readable(verdicts(measured(workspace)))[1].loc["Own detects more."].to_string())
+print(readable(verdicts(measured(workspace)))[0].loc["Own detects more."].to_string())
 """
 
 

@@ -336,11 +336,11 @@ def summary(table: pd.DataFrame) -> str:
     counts = {question: table[question].value_counts() for question in ("here", "elsewhere")}
     grid = pd.DataFrame(counts).reindex(ANSWERS).dropna(how="all").convert_dtypes()
     grid = grid.rename(index=str.capitalize).rename_axis("claims of the paper")
-    answered, single = (table["here"].isin(words).sum() for words in (ANSWERS[:4], ANSWERS[4:5]))
-    text = (
-        f"Of {len(table)} claims of the paper, {answered} are answered here; {single} more need a "
+    decided, is_open, single = (
+        table["here"].isin(answers).sum() for answers in (ANSWERS[:3], [OPEN], [ONE_SEED])
     )
-    text += f"second seed.\n\n{markdown(grid)}"
+    text = f"Of {len(table)} claims of the paper, {decided} are decided here and {is_open} open; "
+    text += f"{single} need a second seed.\n\n{markdown(grid)}"
     printed = table.dropna(subset=["effect", "paper_effect"])
     bound = printed["margin"].fillna(0) + PRINTED_DIGIT / 2
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
@@ -383,7 +383,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
         rows[row.claim] = {
-            "here": f"**{row.here.capitalize()}**",
+            "here": f"**{row.here.capitalize()}**{_side(row)}",
             "ours": _points(row.effect, interval, row.margin, of) + among,
             "the paper": _points(row.paper_effect, error),
             "without training": _points(row.null_effect, of=row.null),
@@ -393,6 +393,15 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         }
     grid = pd.DataFrame.from_dict(rows, orient="index", dtype=object)
     return grid.reindex(columns=WORDS).astype(object).rename_axis("claim")
+
+
+def _side(row) -> str:
+    """For which side the value of a single seed speaks, where every comparison was measured."""
+    if row.here != ONE_SEED or row.compared < row.comparisons:
+        return ""
+    return (
+        f" (our value speaks {'for' if row.effect > np.nan_to_num(row.margin) else 'against'} it)"
+    )
 
 
 def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> str:
@@ -419,7 +428,7 @@ def seen(workspace: Workspace, *names: str) -> str:
     """What was seen of the claims about these tables, as Markdown: the answer here first."""
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     left = int((table["here"] == NOT_MEASURED).sum())
-    table = table[table["here"] != NOT_MEASURED].set_index("claim", drop=False)
+    table = table[table["here"] != NOT_MEASURED]
     text = "The claims, for the categories measured here. Differences are in points of AUROC, with "
     text += "a 95 % interval from the seeds in brackets. Notebook 11 says how answers are made."
     if workspace.profile.dataset == "demo":
@@ -428,14 +437,10 @@ def seen(workspace: Workspace, *names: str) -> str:
         text += f" {MARGIN}"
     lines = [text, ""]
     for claim, row in _words(table).iterrows():
-        holds = table["effect"][claim] > np.nan_to_num(table["margin"][claim])
-        whole = table["compared"][claim] == table["comparisons"][claim]
-        side = f" (our value speaks {'for' if holds else 'against'} it)"
-        answer = row["here"] + side * bool(table["here"][claim] == ONE_SEED and whole)
         said = f"Ours: {row['ours']}"
         said += f"; the paper: {row['the paper']}" * bool(row["the paper"])
         said += f"; without training: {row['without training']}" * bool(row["without training"])
-        lines.append(f"- {answer}: {claim} {said}.")
+        lines.append(f"- {row['here']}: {claim} {said}.")
     if left:
         lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
     return "\n".join(lines)

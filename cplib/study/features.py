@@ -151,71 +151,32 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
 
 
-def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[str, float]) -> str:
-    """What training changed, a list in Markdown, from a ``table`` with both methods.
+def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[str, float]):
+    """What training changed, from a ``table``: sentences, and the means over categories by method.
 
     ``brightness``: by category the AUROC, percent, of the record of that name. Beyond LIGHT on
-    either side, brightness alone separates normal from anomalous test images; means of planes leave
-    such categories out. ImageNet features, where the table has them, tell what CutPaste adds.
+    either side, brightness alone separates normal from anomalous test images: the means leave such
+    categories out, if there are others.
     """
-    first, last = (numbers.xs(method, level="method") for method in (before, after))
-    real, patch, scar = (f"Gaussian: {group}" for group in ("real", "patch", "scar"))
-    planes = [f"plane: real against {group}" for group in ("normal", "patch", "scar")]
-    n, more, old, new = len(last), (last > first).sum(), first.mean().round(), last.mean().round()
-    easier = [(last[kind] > last[real]).sum() for kind in (patch, scar)]
-    aurocs = pd.Series(brightness, dtype=float).reindex(first.index)
+    aurocs = pd.Series(brightness, dtype=float).reindex(numbers.index.unique("category"))
     light = [*aurocs.index[(aurocs - 50).abs() > 50 - LIGHT]]
-    points = [
-        f"Training raises the Gaussian's AUROC on scars in {more[scar]} of {n} categories, "
-        f"on patches in {more[patch]}, on real anomalies in {more[real]}. After training, its mean "
-        f"is {new[patch]:.0f} on patches, {new[scar]:.0f} on scars and {new[real]:.0f} on real "
-        f"anomalies (before: {old[patch]:.0f}, {old[scar]:.0f} and {old[real]:.0f}). Patches are "
-        f"found more easily than real anomalies in {easier[0]} of {n} categories, scars in "
-        f"{easier[1]}."
+    light = light if len(light) < len(aurocs) else []
+    means = numbers.drop(light, level="category").groupby("method", sort=False).mean().round()
+    rise = means.loc[after] - means.loc[before]
+    said = [
+        f"{word} most: {column} ({means.loc[before, column]:.0f} to {means.loc[after, column]:.0f})"
+        for word, column in (("raises", rise.idxmax()), ("lowers", rise.idxmin()))
+        if (word == "raises") == (rise[column] > 0) and rise[column]
     ]
-    if len(light) < n:
-        old, new = (part.drop(light)[planes[1:]].mean().round() for part in (first, last))
-        which = f"Without {' and '.join(light)}, a" if light else "A"
-        points += [
-            f"{which} plane separates real anomalies from patches with a mean AUROC of "
-            f"{new.iloc[0]:.0f} after training, from scars with {new.iloc[1]:.0f} (before: "
-            f"{old.iloc[0]:.0f} and {old.iloc[1]:.0f})."
-        ]
-    if light:
-        points += [
-            f"On {' and '.join(light)} brightness alone separates normal from anomalous test "
-            "images (notebook 03). There a plane needs only the light, not the defect, to tell "
-            "real anomalies from normal images and from their copies."
-        ]
-    beyond = (first[planes[0]] - first[real]).drop(light)
-    if len(beyond) and beyond.max() >= MORE:
-        most = beyond.idxmax()
-        points += [
-            "Before training, the features hold more than the Gaussian uses: on "
-            f"{most} a plane separates real anomalies from normal images with AUROC "
-            f"{first[planes[0]][most]}, the Gaussian with {first[real][most]}."
-        ]
-    if "pretrained" in numbers.index.unique("method"):
-        points += _against_imagenet(last, numbers.xs("pretrained", level="method"), light)
-    return "\n".join(f"- {point}" for point in points)
-
-
-def _against_imagenet(last: pd.DataFrame, imagenet: pd.DataFrame, light: list[str]) -> list[str]:
-    """Which means ImageNet features reach without CutPaste, a sentence or none."""
-    there = last.index.intersection(imagenet.index)
-    like, less = [], []
-    for column in last:
-        kept = there.difference(light) if column.startswith("plane") else there
-        ours, theirs = last.loc[kept, column].mean(), imagenet.loc[kept, column].mean()
-        if len(kept):
-            near = round(ours) - round(theirs) < MORE
-            (like if near else less).append(f"{column} ({theirs:.0f} and {ours:.0f})")
-    text = "ImageNet features, which never saw CutPaste, have lower means (theirs first)."
-    if like:
-        text = (
-            "ImageNet features, which never saw CutPaste, reach the mean of CutPaste-3way or come "
-            f"within {MORE} points of it (theirs first): {'; '.join(like)}. There a high number is "
-            "no evidence for CutPaste."
+    text = f"Training {', and '.join(said)}. " if said else "Training changes no mean. "
+    if "pretrained" in means.index:
+        near = [c for c in means if means.loc["pretrained", c] > means.loc[after, c] - MORE]
+        text += f"ImageNet features, which never saw CutPaste, come within {MORE} points of "
+        text += (
+            f"CutPaste-3way or reach it in {len(near)} of {means.shape[1]} columns: there a high "
         )
-    text += f" They are at least {MORE} points lower here: {'; '.join(less)}." if less else ""
-    return [text]
+        text += "number is no evidence for CutPaste. "
+    if light:
+        text += f"The means are without {' and '.join(light)}: there brightness alone separates "
+        text += "normal from anomalous test images (notebook 03), and a plane needs only the light."
+    return text.strip(), means

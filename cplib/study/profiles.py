@@ -80,14 +80,17 @@ def _profiles() -> dict[str, Profile]:
     """The profiles by name; TypeError for an entry that ``Profile`` or its study does not have."""
     text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     entries = _tuples(tomllib.loads(text))
-    defaults = entries.pop("defaults")
+    defaults, found = entries.pop("defaults"), {}
     for name, own in entries.items():
         if unknown := {*own.get("sensitivity", ())} - {*defaults["sensitivity"]}:
             raise TypeError(f"profile {name}: unknown in its sensitivity: {', '.join(unknown)}")
+        like = found[own.pop("like")] if "like" in own else defaults
+        found[name] = like | own
         for part, values in defaults.items():
-            own[part] = values | own.get(part, {})
-        own["categories"] = own.get("categories") or DATASETS[own["dataset"]].categories
-    return {name: Profile(name=name, **own) for name, own in entries.items()}
+            found[name][part] = values | found[name][part]
+    for values in found.values():
+        values["categories"] = values.get("categories") or DATASETS[values["dataset"]].categories
+    return {name: Profile(name=name, **values) for name, values in found.items()}
 
 
 def _tuples(value):
