@@ -171,11 +171,9 @@ def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[st
     text = f"Training {', and '.join(said)}. " if said else "Training changes no mean. "
     if "pretrained" in means.index:
         near = [c for c in means if means.loc["pretrained", c] > means.loc[after, c] - MORE]
-        text += f"ImageNet features, which never saw CutPaste, come within {MORE} points of "
-        text += (
-            f"CutPaste-3way or reach it in {len(near)} of {means.shape[1]} columns: there a high "
-        )
-        text += "number is no evidence for CutPaste. "
+        text += f"ImageNet features, which never saw CutPaste, are less than {MORE} points below "
+        text += f"CutPaste-3way, or above it, in {len(near)} of {means.shape[1]} columns. There a "
+        text += "high number is no evidence for CutPaste. "
     if light:
         text += f"The means are without {' and '.join(light)}: there brightness alone separates "
         text += "normal from anomalous test images (notebook 03), and a plane needs only the light."
