@@ -44,7 +44,7 @@ MARGIN = (
     "Some claims allow a loss: with margin -1.0, a claim holds if the difference is above -1.0."
 )
 AGREE = 2.0  # points
-PRINTED_DIGIT = 0.1  # the paper's numbers are rounded to it, so a smaller difference is a tie
+TIE = 0.05  # points: the paper prints one digit, so a difference of its numbers below it is none
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
@@ -273,7 +273,7 @@ def _agreement(pairs: list[tuple[Estimate, Estimate]]) -> str:
         elif low >= -AGREE and high <= AGREE:
             found.append(AGREES)
         elif sure_high < -AGREE:
-            turned = ours.here(len(pairs))[1] < 0 and abs(theirs.mean) >= PRINTED_DIGIT
+            turned = ours.here(len(pairs))[1] < 0 and abs(theirs.mean) > TIE
             found.append(OPPOSITE if turned else SMALLER)
         else:
             found.append(LARGER if sure_low > AGREE else OPEN)
@@ -342,7 +342,7 @@ def summary(table: pd.DataFrame) -> str:
     text = f"Of {len(table)} claims of the paper, {decided} are decided here and {is_open} open; "
     text += f"{single} need a second seed.\n\n{markdown(grid)}"
     printed = table.dropna(subset=["effect", "paper_effect"])
-    bound = printed["margin"].fillna(0) + PRINTED_DIGIT / 2
+    bound = printed["margin"].fillna(0) + TIE
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
@@ -391,7 +391,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             "elsewhere": row.elsewhere + more,
             "where": row.source,
         }
-    grid = pd.DataFrame.from_dict(rows, orient="index", dtype=object)
+    grid = pd.DataFrame.from_dict(rows, orient="index")
     return grid.reindex(columns=WORDS).astype(object).rename_axis("claim")
 
 
