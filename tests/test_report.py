@@ -230,7 +230,7 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     assert "screw" not in grid  # not measured
     assert grid.loc["random network", "average all"] == ""
     rows = wide(published(T7).assign(mean=None, stderr=None))
-    assert rows.index[1] == "learning rate 1"
+    assert rows.index[1] == "learning rate × 1"
     lines = markdown(grid).splitlines()
     assert lines[0] == "| image AUROC, % | bottle | average all |"
     assert {line.count("|") for line in lines} == {4}

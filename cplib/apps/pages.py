@@ -213,7 +213,7 @@ def _finding(table: pd.DataFrame, part: pd.DataFrame, method: str) -> str:
     kind, n, seeds = table["metric"].iloc[0][:5], len(cells), int(part["seeds"][method])
     text = f"**{NAMES[method]}: {ours:.1f} % {kind} AUROC**, the mean of {n} categories"
     text += f" ({seeds} seed{'s' * (seeds > 1)})."
-    text += "" if pd.isna(theirs) else f" The paper reports {theirs:.1f} % for the same."
+    text += "" if pd.isna(theirs) else f" The paper reports {theirs:.1f} % for the same categories."
     beside = []
     for name in BASELINES:
         both = cells[[method, name]].dropna()

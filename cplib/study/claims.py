@@ -28,6 +28,7 @@ from scipy.stats import t
 
 from cplib.datasets import DATASETS, MVTEC
 from cplib.run import BASELINES
+from cplib.study.features import HALFWAY
 from cplib.study.paper import PRINTED, groups, published
 from cplib.study.report import markdown, save_markdown, write_csv
 from cplib.study.tables import ALL, NAMES, values
@@ -48,7 +49,8 @@ TIE = 0.05  # points: the paper prints one digit, so a difference of its numbers
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
-SEPARATION = {"chance": 50.0, "halfway": 75.0}  # AUROC, percent: no, and half of full, separation
+# AUROC, percent: no separation of two groups, and half of a full one
+SEPARATION = {"chance": 50.0, "halfway": HALFWAY}
 IMAGES = {  # the groups of Fig. 3
     "normal": "normal images",
     "anomaly": "real anomalies",
@@ -375,7 +377,8 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         if row.needed > len(MVTEC.categories):
             needed = "; not decidable on MVTec AD"
         more = where * (row.categories > 0) + needed * pd.notna(row.needed)
-        among = f", the smallest of {row.compared}" * (row.compared > 1)
+        among = ", in one category" * (row.categories == 1)
+        among += f", the smallest of {row.compared}" * (row.compared > 1)
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons
         )
@@ -412,7 +415,7 @@ def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> s
     if level := SEPARATION.get(second):
         return f"{_separates(first)} with AUROC {level + effect:.1f} (limit: {level:g})"
     text = f"{effect:+.1f}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
-    return text + (f"; {NAMES[first]} minus {NAMES[second]}" if of else "")
+    return text + (f" ({NAMES[first]} minus {NAMES[second]})" if of else "")
 
 
 def _separates(pair: str) -> str:
@@ -429,18 +432,20 @@ def seen(workspace: Workspace, *names: str) -> str:
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     left = int((table["here"] == NOT_MEASURED).sum())
     table = table[table["here"] != NOT_MEASURED]
-    text = "The claims, for the categories measured here. Differences are in points of AUROC, with "
-    text += "a 95 % interval from the seeds in brackets. Notebook 11 says how answers are made."
+    text = "The claims are judged on the categories measured here. Differences are in points of "
+    text += "AUROC, with a 95 % interval from the seeds in brackets. Notebook 11 says how answers "
+    text += "are made."
     if workspace.profile.dataset == "demo":
-        text += " On the demo set an answer illustrates, and is no evidence for the method."
+        text += " On the demo set an answer illustrates, and is no evidence for the method. The "
+        text += "answers on MVTec AD differ: see `results/quick`."
     if table["margin"].notna().any():
         text += f" {MARGIN}"
     lines = [text, ""]
     for claim, row in _words(table).iterrows():
-        said = f"Ours: {row['ours']}"
-        said += f"; the paper: {row['the paper']}" * bool(row["the paper"])
-        said += f"; without training: {row['without training']}" * bool(row["without training"])
-        lines.append(f"- {row['here']}: {claim} {said}.")
+        said = [f"Ours: {row['ours']}."]
+        said += [f"The paper: {row['the paper']}."] * bool(row["the paper"])
+        said += [f"Without training: {row['without training']}."] * bool(row["without training"])
+        lines.append(f"- {row['here']}: {claim} {' '.join(said)}")
     if left:
         lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
     return "\n".join(lines)

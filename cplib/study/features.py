@@ -24,6 +24,7 @@ from cplib.train import augmentation_kwargs
 GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
 LIGHT = 10.0  # AUROC of brightness, percent: below it, or above the rest to 100, it is enough alone
+HALFWAY = 75.0  # AUROC, percent: the claims' limit of two groups that hardly overlap
 MORE = 5  # points of AUROC: what differs less counts as nearly the same
 
 
@@ -164,11 +165,17 @@ def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[st
     means = numbers.drop(light, level="category").groupby("method", sort=False).mean().round()
     rise = means.loc[after] - means.loc[before]
     said = [
-        f"{word} most: {column} ({means.loc[before, column]:.0f} to {means.loc[after, column]:.0f})"
+        f"{word} *{column}* most, from {means.loc[before, column]:.0f} to"
+        f" {means.loc[after, column]:.0f}"
         for word, column in (("raises", rise.idxmax()), ("lowers", rise.idxmin()))
         if (word == "raises") == (rise[column] > 0) and rise[column]
     ]
     text = f"Training {', and '.join(said)}. " if said else "Training changes no mean. "
+    unlike = means.loc[before, ["plane: real against patch", "plane: real against scar"]]
+    if unlike.min() > HALFWAY:
+        text += "A plane tells real from pasted anomalies before training, too (AUROC "
+        text += f"{unlike.iloc[0]:.0f} and {unlike.iloc[1]:.0f}), so this does not show what "
+        text += "training adds. "
     if "pretrained" in means.index:
         near = [c for c in means if means.loc["pretrained", c] > means.loc[after, c] - MORE]
         text += f"ImageNet features, which never saw CutPaste, are less than {MORE} points below "
@@ -177,4 +184,5 @@ def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[st
     if light:
         text += f"The means are without {' and '.join(light)}: there brightness alone separates "
         text += "normal from anomalous test images (notebook 03), and a plane needs only the light."
+        text += " The claims below are about all categories."
     return text.strip(), means

@@ -23,7 +23,7 @@ from cplib.study.paper import (
 )
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.synthetic import SYNTHETIC
-from cplib.study.tables import NAMES, SCORES, TABLES, plan, planned, rows_of
+from cplib.study.tables import NAMES, RELATIVE, SCORES, TABLES, plan, planned, rows_of
 from cplib.study.workspace import Workspace
 
 METRIC_NAMES = {
@@ -89,7 +89,7 @@ def differing(run: Run, base: Run) -> dict[str, object]:
 
 
 def _seeds(values: pd.DataFrame) -> str:
-    """How many seeds a cell has, and which methods have others: "3 seeds, but 1 for Confetti"."""
+    """How many seeds a cell has, by method if they differ: "3 seeds, but 1 for Confetti"."""
     found = values[~values["method"].str.contains("pretrained|ensemble")]
     found = found.groupby(["method", "source" if "source" in found else "category"], sort=False)
     words = {}
@@ -98,6 +98,8 @@ def _seeds(values: pd.DataFrame) -> str:
         words.setdefault(text, []).append(NAMES[method])
     most = max(words, key=lambda text: len(words[text]), default="")
     said = most and f"{most} seed{'s' * (most != '1')}"
+    if len(words) > 1 and " to " in most:
+        said += f" for {', '.join(words[most])}"
     others = [f"{text} for {', '.join(names)}" for text, names in words.items() if text != most]
     return f"{said}, but {' and '.join(others)}" if others else said
 
@@ -206,7 +208,9 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     part = with_settings(table[table["metric"] == metric])
     part = part.dropna(subset=["mean", "published_mean"], how="all")
     labels = [
-        f"{r.setting.replace('_', ' ')} {r.value}" if r.setting else NAMES.get(r.method, r.method)
+        f"{r.setting.replace('_', ' ')} {'× ' * (r.setting in RELATIVE)}{r.value}"
+        if r.setting
+        else NAMES.get(r.method, r.method)
         for r in part.itertuples()
     ]
     cells = part.assign(cell=[_cell(row) for row in part.itertuples()], row=labels)
@@ -375,25 +379,32 @@ def result(table: pd.DataFrame, name: str) -> str:
 def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> str:
     """A row's mean, its mean differences where they are on all its categories, and its lowest."""
     where = f"the mean of {len(own)} {what}" if len(own) > 1 else f"on {NAMES[own.index[0]]}"
+    whole = {other: gap for other, gap in gaps.items() if len(gap) == len(own)}
     said = [
         f"{abs(gap.mean()):.1f} points {'above' if gap.mean() > 0 else 'below'} {other}"
-        for other, gap in gaps.items()
-        if len(gap) == len(own)
+        + _moved(gap)
+        for other, gap in whole.items()
     ]
     text = f"**{name}: {own.mean():.1f} % {metric}**, {where}"
     text += f": {', '.join(said)}." if said else "."
     return text + f" It is lowest on {NAMES[own.idxmin()]} ({own.min():.1f})." * (len(own) > 1)
 
 
+def _moved(gaps: pd.Series) -> str:
+    """The mean difference without the category that moves it most, where that is half of it."""
+    if len(gaps) < 3:
+        return ""
+    most = (gaps - gaps.mean()).abs().idxmax()
+    rest = gaps.drop(most).mean()
+    half = abs(rest - gaps.mean()) >= abs(gaps.mean()) / 2
+    return f" ({rest:+.1f} without {NAMES[most]})" if half else ""
+
+
 def _gaps(gaps: pd.Series) -> str:
-    """Differences by category, and their mean with and without the one that moves it most."""
+    """Differences by category, the highest first, and their mean."""
     gaps = gaps.sort_values(ascending=False)
     text = ", ".join(f"{NAMES[category]} {gap:+.1f}" for category, gap in gaps.items())
-    if len(gaps) < 3:
-        return f"{text} points."
-    most = (gaps - gaps.mean()).abs().idxmax()
-    text += f" points. The mean is {gaps.mean():+.1f}; without {NAMES[most]}, which moves it most,"
-    return f"{text} {gaps.drop(most).mean():+.1f}."
+    return f"{text} points" + f"; the mean is {gaps.mean():+.1f}." * (len(gaps) > 1)
 
 
 def _ordered(rows: pd.DataFrame, setting: str) -> str:

@@ -83,7 +83,7 @@ TABLES = {
             Row("ensemble", "Ensemble", method=METHOD, measure="ensemble"),
         ),
         metrics=IMAGE_METRICS,
-        compared=((METHOD, "untrained"), (METHOD, "pretrained")),
+        compared=tuple((METHOD, other) for other in BASELINES),
     ),
     "table2_pixel_level": Table(
         notebook="04",
@@ -100,10 +100,7 @@ TABLES = {
             ),
         ),
         metrics=PIXEL_METRICS,
-        compared=(
-            ("cutpaste_3way_patch", "untrained"),
-            ("cutpaste_3way_patch", "pretrained"),
-        ),
+        compared=tuple(("cutpaste_3way_patch", other) for other in BASELINES),
         note="GradCAM: the CutPaste-3way networks of Table 1.",
     ),
     "table3_pretrained_vs_finetuned": Table(
@@ -123,17 +120,17 @@ TABLES = {
     "table4_cutout_variants": Table(
         notebook="06",
         rows=image_rows(*BASELINES, *TABLE4),
-        compared=(("cutpaste", "cutout"), ("cutpaste", "untrained")),
+        compared=tuple(("cutpaste", other) for other in ("cutout", *BASELINES)),
     ),
     "table5_binary_vs_3way": Table(
         notebook="07",
         rows=image_rows(*BASELINES, *TABLE5),
-        compared=((METHOD, "cutpaste_union"), (METHOD, "untrained")),
+        compared=tuple((METHOD, other) for other in ("cutpaste_union", *BASELINES)),
     ),
     "table6_synthetic_anomalies": Table(
         notebook="08",
         rows=image_rows(*BASELINES, *TABLE6, measure="synthetic-{anomalies}"),
-        compared=((METHOD, "cutout"), (METHOD, "untrained")),
+        compared=tuple((METHOD, other) for other in ("cutout", *BASELINES)),
     ),
     "table7_learning_rate_and_epochs": Table(
         notebook="09", axes=("learning_rate", "updates"), categories="categories"
