@@ -22,6 +22,7 @@ from cplib.study.features import (
     project,
     separability,
     table,
+    told_by_light,
 )
 from cplib.study.profiles import METHOD
 
@@ -103,7 +104,7 @@ def test_what_training_changed_is_said_in_whole_percent():
     found |= {("screw", "untrained"): record(61, 59, 100), ("screw", METHOD): record(60, 90, 100)}
     numbers = table(found)
     assert numbers.loc["tile", "untrained"].tolist() == [78, 100, 50, 79, 79, 79]
-    text, means = findings(numbers, "untrained", METHOD, {"tile": None, "grid": 0})
+    text, means = findings(numbers, "untrained", METHOD, told_by_light({"tile": None, "grid": 0}))
     assert text == (
         "Training raises *Gaussian: scar* most, from 54 to 94. A plane tells real from pasted "
         "anomalies before training, too (AUROC 90 and 90), so this does not show what training "
@@ -111,12 +112,14 @@ def test_what_training_changed_is_said_in_whole_percent():
     )
     assert means.loc["untrained"].tolist() == [70, 100, 54, 90, 90, 90] and "without" not in text
     for auroc in (0.0, 99):  # the light of screw tells, and of tile a point is too little to tell
-        text, means = findings(numbers, "untrained", METHOD, {"tile": 60, "screw": auroc})
+        text, means = findings(
+            numbers, "untrained", METHOD, told_by_light({"tile": 60, "screw": auroc})
+        )
         assert "The means are without screw: there brightness" in text
         assert means.loc[METHOD].tolist() == [99, 100, 99, 98, 98, 98]
     found["tile", "pretrained"] = record(96, 93.6, 98)  # nearly as the trained one, but on scars
     found["tile", METHOD] = record(70, 98.6, 98)
-    text, _ = findings(table(found), "untrained", METHOD, {"screw": 0})
+    text, _ = findings(table(found), "untrained", METHOD, ["screw"])
     assert "*Gaussian: scar* most, from 50 to 99, and lowers *Gaussian: real* most, from 78" in text
     assert "or above it, in 5 of 6 columns" in text
 

@@ -152,16 +152,23 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
     return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
 
 
-def findings(numbers: pd.DataFrame, before: str, after: str, brightness: dict[str, float]):
+def told_by_light(brightness: dict[str, float | None]) -> list[str]:
+    """The categories in which brightness alone separates normal from anomalous test images.
+
+    ``brightness`` has the AUROC, percent, of the record of that name by category; LIGHT is the
+    limit on either side.
+    """
+    aurocs = pd.Series(brightness, dtype=float)
+    return [*aurocs.index[(aurocs - 50).abs() > 50 - LIGHT]]
+
+
+def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     """What training changed, from a ``table``: sentences, and the means over categories by method.
 
-    ``brightness``: by category the AUROC, percent, of the record of that name. Beyond LIGHT on
-    either side, brightness alone separates normal from anomalous test images: the means leave such
-    categories out, if there are others.
+    The means leave out the categories in ``light`` (``told_by_light``), if there are others.
     """
-    aurocs = pd.Series(brightness, dtype=float).reindex(numbers.index.unique("category"))
-    light = [*aurocs.index[(aurocs - 50).abs() > 50 - LIGHT]]
-    light = light if len(light) < len(aurocs) else []
+    light = [category for category in numbers.index.unique("category") if category in light]
+    light = light if len(light) < len(numbers.index.unique("category")) else []
     means = numbers.drop(light, level="category").groupby("method", sort=False).mean().round()
     rise = means.loc[after] - means.loc[before]
     said = [
