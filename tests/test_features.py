@@ -106,9 +106,9 @@ def test_what_training_changed_is_said_in_whole_percent():
     assert numbers.loc["tile", "untrained"].tolist() == [78, 100, 50, 79, 79, 79]
     text, means = findings(numbers, "untrained", METHOD, told_by_light({"tile": None, "grid": 0}))
     assert text == (
-        "Training raises *Gaussian: scar* most, from 54 to 94. A plane tells real from pasted "
-        "anomalies before training, too (AUROC 90 and 90), so this does not show what training "
-        "adds."
+        "Training raises *Gaussian: scar* most, from 54 to 94. Patches and scars were in its "
+        "training. A plane tells real from pasted anomalies before training, too (AUROC 90 and 90)"
+        ", so this does not show what training adds."
     )
     assert means.loc["untrained"].tolist() == [70, 100, 54, 90, 90, 90] and "without" not in text
     for auroc in (0.0, 99):  # the light of screw tells, and of tile a point is too little to tell

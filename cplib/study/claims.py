@@ -46,6 +46,7 @@ MARGIN = (
 )
 AGREE = 2.0  # points
 TIE = 0.05  # points: the paper prints one digit, so a difference of its numbers below it is none
+NEAR = 1.0  # points: the value of a single seed that is nearer to the limit speaks for no side
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
@@ -348,8 +349,8 @@ def summary(table: pd.DataFrame) -> str:
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
-        text += " on these categories. Without regard to errors, its difference speaks for"
-        text += f" {theirs.sum()} of them; ours for {(theirs & ours).sum()} of these."
+        text += f" on these categories. If errors are left out, they speak for {theirs.sum()} of"
+        text += f" these claims; ours speak for {(theirs & ours).sum()} of those."
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 
@@ -402,9 +403,10 @@ def _side(row) -> str:
     """For which side the value of a single seed speaks, where every comparison was measured."""
     if row.here != ONE_SEED or row.compared < row.comparisons:
         return ""
-    return (
-        f" (our value speaks {'for' if row.effect > np.nan_to_num(row.margin) else 'against'} it)"
-    )
+    beyond = row.effect - np.nan_to_num(row.margin)
+    if abs(beyond) < NEAR:
+        return f" (our value is within {NEAR:g} point of the limit)"
+    return f" (our value speaks {'for' if beyond > 0 else 'against'} it)"
 
 
 def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> str:
@@ -438,6 +440,10 @@ def seen(workspace: Workspace, *names: str) -> str:
     if workspace.profile.dataset == "demo":
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
+    if (table["compared"] > 1).any():
+        text += " *The smallest of 3*: the claim makes three comparisons, and the weakest is shown."
+    if table["null_effect"].notna().any():
+        text += " *Without training*: the same comparison with a random or an ImageNet network."
     if table["margin"].notna().any():
         text += f" {MARGIN}"
     lines = [text, ""]

@@ -178,6 +178,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         if (word == "raises") == (rise[column] > 0) and rise[column]
     ]
     text = f"Training {', and '.join(said)}. " if said else "Training changes no mean. "
+    if rise.idxmax() in ("Gaussian: patch", "Gaussian: scar"):
+        text += "Patches and scars were in its training. "
     unlike = means.loc[before, ["plane: real against patch", "plane: real against scar"]]
     if unlike.min() > HALFWAY:
         text += "A plane tells real from pasted anomalies before training, too (AUROC "
