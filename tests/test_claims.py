@@ -426,6 +426,19 @@ def test_the_readable_tables_have_a_row_a_claim_by_answer_and_say_the_effect(som
         assert grid.loc[row.claim, "elsewhere"] == f"yes, 5 categories; {words}"
 
 
+@pytest.mark.parametrize(
+    ("effect", "words"),
+    [(1.5, "speaks for it"), (-1.5, "speaks against it"), (0.5, "is within 1 point of the limit")],
+)
+def test_the_value_of_a_single_seed_speaks_for_a_side_unless_it_is_near_the_limit(
+    some, effect, words
+):
+    row = some[some["here"] == claims.ONE_SEED].head(1)
+    for margin in (0.0, -2.0):
+        grid, _ = claims.readable(row.assign(effect=effect + margin, margin=margin))
+        assert grid["here"].tolist() == [f"**One seed** (our value {words})"]
+
+
 def test_what_separates_groups_of_images_is_said_in_words():
     said = claims._points(17, of="anomaly/cutpaste_scar over halfway")
     words = "a plane separates real anomalies from pasted scars with AUROC 92.0"
