@@ -397,7 +397,7 @@ def _moved(gaps: pd.Series) -> str:
     most = (gaps - gaps.mean()).abs().idxmax()
     rest = gaps.drop(most).mean()
     half = abs(rest - gaps.mean()) >= abs(gaps.mean()) / 2
-    return f" ({rest:+.1f} without {NAMES[most]})" if half else ""
+    return f" ({round(rest, 1) + 0.0:+.1f} without {NAMES[most]})" if half else ""
 
 
 def _gaps(gaps: pd.Series) -> str:
