@@ -275,7 +275,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
     ),
     "08.1": (
         "methods = ",
-        lambda old, new: (new.aurocs["smaller"] != new.aurocs["Table 6"]).any(),
+        lambda old, new: (new.aurocs["larger"] != new.aurocs["Table 6"]).any(),
     ),
     "09.1": ("open_workspace(", lambda old, new: [*new.compared["updates"]] == [2, 1]),
     "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),
