@@ -277,7 +277,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
         "methods = ",
         lambda old, new: (new.aurocs["larger"] != new.aurocs["Table 6"]).any(),
     ),
-    "09.1": ("open_workspace(", lambda old, new: [*new.compared["updates"]] == [2, 1]),
+    "09.1": ("open_workspace(", lambda old, new: [*new.compared["patch_jitter"]] == [0.1, 0.5]),
     "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),
     "11.2": (
         "open_workspace(",
@@ -292,6 +292,10 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
     "12.2": (
         "fit_detector(runs",
         lambda old, new: (old.detector.normal >= old.detector.threshold).sum() < new.alarms,
+    ),
+    "13.1": (
+        "13_by_hand",
+        lambda old, new: new.lines[1].index[-1] == 4 * old.lines[1].index[-1],
     ),
 }
 TEXTS = {

@@ -29,7 +29,7 @@ def box(mask):
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
-    fill=st.sampled_from(FILLS),
+    fill=st.sampled_from([*FILLS]),
     sides=st.tuples(st.integers(64, 90), st.integers(64, 90)),
     least=st.integers(1, 5),
 )

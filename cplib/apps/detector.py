@@ -34,7 +34,7 @@ from cplib.study.figures import overlay
 from cplib.study.jobs import BAR
 from cplib.study.profiles import METHOD, Profile
 from cplib.study.store import BROKEN, Places, one_line, write_json
-from cplib.study.synthetic import paint
+from cplib.study.synthetic import FILLS, paint
 from cplib.train import augmentation_kwargs, fit, precision
 
 VERSION = 5  # of the saved files
@@ -331,7 +331,7 @@ def made_anomalies(
     for shape, fill in PAINTED:
         painted, _ = paint(normal, shape, fill, least=1, side=side)
         mixed = normal + opacity * (painted.float() - normal)
-        made[f"{shape} {fill}"] = mixed.to(torch.uint8)
+        made[f"{shape} ({FILLS[fill]})"] = mixed.to(torch.uint8)
     return made
 
 

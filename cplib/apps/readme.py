@@ -20,7 +20,7 @@ TABLES = {  # a table's metric that README shows
     "2": ("table2_pixel_level", "pixel_auroc"),
     "2ap": ("table2_pixel_level", "pixel_ap"),
 }
-PARTS = {"Understand": "00 01 02 03 04", "Check": "05 06 07 08 09 10 11", "Use": "12"}
+PARTS = {"Understand": "00 01 02 03 04", "Check": "05 06 07 08 09 10 11 13", "Use": "12"}
 
 
 def filled(template: str) -> str:

@@ -21,7 +21,7 @@ Array = np.ndarray
 Rng = np.random.Generator
 
 SHAPES = ("digit", "square", "ellipse", "heart")
-FILLS = ("color", "natural")
+FILLS = {"color": "one colour", "natural": "natural image"}  # with words for people
 # Table 6's columns: a shape and its filling.
 SYNTHETIC = (
     *(f"{shape}_color" for shape in SHAPES),

@@ -15,6 +15,7 @@ from cplib.study.measures import ensemble, table_rows
 from cplib.study.paper import ROW
 from cplib.study.profiles import METHOD, PROFILES, TABLE1, Profile
 from cplib.study.store import PEAK
+from cplib.study.synthetic import FILLS, SHAPES
 from cplib.study.workspace import Planned, Workspace
 
 TABLE4 = ("cutout", "cutout_mean", "cutout_color", "confetti", "cutpaste")
@@ -145,7 +146,7 @@ TABLES = {
 # Measured for notebooks, without a table: ``records``, ``curves`` and ``values`` read it.
 FIGURES = {
     "brightness": Table(notebook="03", rows=image_rows("untrained", measure="brightness", seeds=1)),
-    "curves": Table(notebook="09", rows=image_rows(METHOD)),
+    "curves": Table(notebook="13", rows=image_rows(METHOD)),
     "density": Table(notebook="09", rows=image_rows(METHOD, measure="density")),
     "features": Table(
         notebook="10", rows=image_rows(*BASELINES, METHOD, measure="features", seeds=1)
@@ -373,5 +374,6 @@ NAMES = Names(
         "average_measured": "average of the measured",
     }
 )
+NAMES |= {f"{s}_{fill}": f"{s} ({words})" for s in SHAPES for fill, words in FILLS.items()}
 NAMES |= {row.key: row.label for table in ALL.values() for row in table.rows if row.label}
 NAMES |= {e["key"]: e["label"] for p in PROFILES.values() for e in p.extra if "label" in e}
