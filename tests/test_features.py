@@ -106,6 +106,7 @@ def test_what_training_changed_is_said_in_whole_percent():
     assert numbers.loc["tile", "untrained"].tolist() == [78, 100, 50, 79, 79, 79]
     text, means = findings(numbers, "untrained", METHOD, told_by_light({"tile": None, "grid": 0}))
     assert text == (
+        "After training, a plane tells real anomalies from patches and scars with AUROC 99 and 99. "
         "Training raises *Gaussian: scar* most, from 54 to 94. Patches and scars were in its "
         "training. A plane tells real from pasted anomalies before training, too (AUROC 90 and 90)"
         ", so this does not show what training adds."

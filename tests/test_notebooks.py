@@ -271,7 +271,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
     ),
     "07.2": (
         "07_what_is_pasted",
-        lambda old, new: 2 * new.larger.sources == 3 * new.union.sources and 0 <= new.auroc <= 100,
+        lambda old, new: new.larger.sources == 2 * new.union.sources and 0 <= new.auroc <= 100,
     ),
     "08.1": (
         "methods = ",

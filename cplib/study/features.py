@@ -177,14 +177,17 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         for word, column in (("raises", rise.idxmax()), ("lowers", rise.idxmin()))
         if (word == "raises") == (rise[column] > 0) and rise[column]
     ]
-    text = f"Training {', and '.join(said)}. " if said else "Training changes no mean. "
+    planes = ["plane: real against patch", "plane: real against scar"]
+    apart = {m: " and ".join(f"{v:.0f}" for v in means.loc[m, planes]) for m in means.index}
+    text = "After training, a plane tells real anomalies from patches and scars with AUROC "
+    text += f"{apart[after]}"
+    text += f" (ImageNet features: {apart['pretrained']})" if "pretrained" in apart else ""
+    text += f". Training {', and '.join(said)}. " if said else ". Training changes no mean. "
     if rise.idxmax() in ("Gaussian: patch", "Gaussian: scar"):
         text += "Patches and scars were in its training. "
-    unlike = means.loc[before, ["plane: real against patch", "plane: real against scar"]]
-    if unlike.min() > HALFWAY:
+    if means.loc[before, planes].min() > HALFWAY:
         text += "A plane tells real from pasted anomalies before training, too (AUROC "
-        text += f"{unlike.iloc[0]:.0f} and {unlike.iloc[1]:.0f}), so this does not show what "
-        text += "training adds. "
+        text += f"{apart[before]}), so this does not show what training adds. "
     if "pretrained" in means.index:
         near = [c for c in means if means.loc["pretrained", c] > means.loc[after, c] - MORE]
         text += f"ImageNet features, which never saw CutPaste, are less than {MORE} points below "

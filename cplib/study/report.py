@@ -43,7 +43,7 @@ def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFra
     table = TABLES[name]
     paper = datasets.DATASETS[workspace.profile.dataset].published and name in PRINTED
     rows = [row.cell for row in rows_of(workspace.profile, name)]
-    tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper)
+    tidy = against_paper(values, name, rows=rows, metrics=table.metrics, paper=paper).round(4)
     save_table(tidy, workspace.results, name, caption(workspace, name, values))
     return tidy
 
@@ -97,11 +97,12 @@ def _seeds(values: pd.DataFrame) -> str:
         text = " to ".join(map(str, sorted({counts.min(), counts.max()})))
         words.setdefault(text, []).append(NAMES[method])
     most = max(words, key=lambda text: len(words[text]), default="")
-    said = most and f"{most} seed{'s' * (most != '1')}"
+    said = {text: f"{text} for {', '.join(names)}" for text, names in words.items()}
     if len(words) > 1 and " to " in most:
-        said += f" for {', '.join(words[most])}"
-    others = [f"{text} for {', '.join(names)}" for text, names in words.items() if text != most]
-    return f"{said}, but {' and '.join(others)}" if others else said
+        return f"seeds: {', '.join(said.values())}"
+    others = [said[text] for text in words if text != most]
+    plain = most and f"{most} seed{'s' * (most != '1')}"
+    return f"{plain}, but {' and '.join(others)}" if others else plain
 
 
 def summarise(runs: pd.DataFrame, metrics=("image_auroc",)) -> pd.DataFrame:
@@ -381,9 +382,9 @@ def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> s
     where = f"the mean of {len(own)} {what}" if len(own) > 1 else f"on {NAMES[own.index[0]]}"
     whole = {other: gap for other, gap in gaps.items() if len(gap) == len(own)}
     said = [
-        f"{abs(gap.mean()):.1f} points {'above' if gap.mean() > 0 else 'below'} {other}"
-        + _moved(gap)
-        for other, gap in whole.items()
+        (f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'}" if mean else "level with")
+        + f" {other}{_moved(whole[other])}"
+        for other, mean in ((other, round(gap.mean(), 1)) for other, gap in whole.items())
     ]
     text = f"**{name}: {own.mean():.1f} % {metric}**, {where}"
     text += f": {', '.join(said)}." if said else "."
