@@ -257,7 +257,7 @@ def test_curves_are_those_of_the_profiles_runs_and_of_those_beside_them(tmp_path
     found = curves(workspace)
     assert found.groupby("schedule")["update"].apply(list).to_dict() == {
         "AdamW 0.001, 64 and 128-px crops, 800 updates": [400, 800],
-        "AdamW 0.001, 128 px, 800 updates": [200, 800],
+        "AdamW 0.001, whole images of 128 px, 800 updates": [200, 800],
     }
     assert found["auroc"].tolist() == [80, 82, 70, 90]
     assert found["minutes"].tolist() == found["update"].tolist()

@@ -340,7 +340,8 @@ def curves(workspace: Workspace) -> pd.DataFrame:
 def schedule(run: Run) -> str:
     """How a run was trained, in words: "AdamW 0.001, 64-px crops, 640 updates"."""
     optimiser = {"sgd": "SGD", "adamw": "AdamW"}[run.optimizer]
-    images = f"{' and '.join(map(str, run.sides))}-px crops" if run.crop else f"{run.size} px"
+    crops = f"{' and '.join(map(str, run.sides))}-px crops"
+    images = crops if run.crop else f"whole images of {run.size} px"
     return f"{optimiser} {run.learning_rate:g}, {images}, {run.updates} updates"
 
 
