@@ -275,7 +275,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
     ),
     "08.1": (
         "methods = ",
-        lambda old, new: (new.aurocs["larger"] != new.aurocs["Table 6"]).any(),
+        lambda old, new: (new.aurocs["other size"] != new.aurocs["Table 6"]).any(),
     ),
     "09.1": ("open_workspace(", lambda old, new: [*new.compared["patch_jitter"]] == [0.1, 0.5]),
     "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),

@@ -326,7 +326,7 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
     order, paper = points.split("\n")
     assert first == (
         "**CutPaste-3way: 78.0 % image AUROC**, the mean of 3 categories: 15.8 points below the "
-        "paper's number (-7.0 without tile). It is lowest on tile (60.0)."
+        "paper's number (7.0 below without tile). It is lowest on tile (60.0)."
     )
     assert order == "- Image AUROC in order, mean of 3 categories: CutPaste-3way (78.0)."
     assert paper == (

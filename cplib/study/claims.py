@@ -349,8 +349,8 @@ def summary(table: pd.DataFrame) -> str:
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
-        text += f" on these categories. If errors are left out, they speak for {theirs.sum()} of"
-        text += f" these claims; ours speak for {(theirs & ours).sum()} of those."
+        text += f" on these categories. Errors left out, its numbers support {theirs.sum()} of "
+        text += f"these claims; ours support {(theirs & ours).sum()} of those {theirs.sum()}."
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 
@@ -441,7 +441,7 @@ def seen(workspace: Workspace, *names: str) -> str:
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
     if (table["compared"] > 1).any():
-        text += " *The smallest of 3*: the claim makes three comparisons, and the weakest is shown."
+        text += " *The smallest of n*: the claim makes n comparisons, and the weakest is shown."
     if table["null_effect"].notna().any():
         text += " *Without training*: the same comparison with a random or an ImageNet network."
     if table["margin"].notna().any():

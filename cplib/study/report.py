@@ -381,11 +381,7 @@ def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> s
     """A row's mean, its mean differences where they are on all its categories, and its lowest."""
     where = f"the mean of {len(own)} {what}" if len(own) > 1 else f"on {NAMES[own.index[0]]}"
     whole = {other: gap for other, gap in gaps.items() if len(gap) == len(own)}
-    said = [
-        (f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'}" if mean else "level with")
-        + f" {other}{_moved(whole[other])}"
-        for other, mean in ((other, round(gap.mean(), 1)) for other, gap in whole.items())
-    ]
+    said = [f"{_apart(gap.mean(), ' points')} {o}{_moved(gap)}" for o, gap in whole.items()]
     text = f"**{name}: {own.mean():.1f} % {metric}**, {where}"
     text += f": {', '.join(said)}." if said else "."
     return text + f" It is lowest on {NAMES[own.idxmin()]} ({own.min():.1f})." * (len(own) > 1)
@@ -398,7 +394,13 @@ def _moved(gaps: pd.Series) -> str:
     most = (gaps - gaps.mean()).abs().idxmax()
     rest = gaps.drop(most).mean()
     half = abs(rest - gaps.mean()) >= abs(gaps.mean()) / 2
-    return f" ({round(rest, 1) + 0.0:+.1f} without {NAMES[most]})" if half else ""
+    return f" ({_apart(rest)} without {NAMES[most]})" if half else ""
+
+
+def _apart(gap: float, unit: str = "") -> str:
+    """A difference in words: "3.2 points above", or "level with" where it rounds to 0."""
+    words = f"{abs(gap):.1f}{unit} {'above' if gap > 0 else 'below'}"
+    return words if round(gap, 1) else f"level{' with' * bool(unit)}"
 
 
 def _gaps(gaps: pd.Series) -> str:
