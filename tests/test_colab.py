@@ -48,7 +48,7 @@ def test_the_repositorys_address_marks_every_notebook_and_what_cannot_be_marked_
             assert f'repository = "{ADDRESS}"' in first(copies / path.name, "code")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     colab.write_badges(tmp_path)
-    assert len(NOTEBOOKS) == 13
+    assert len(NOTEBOOKS) == 14
     for path in NOTEBOOKS:  # as they are committed
         assert (copies / path.name).read_text() == path.read_text()
     path = copies / NOTEBOOKS[0].name
