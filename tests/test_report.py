@@ -229,8 +229,11 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     assert grid.loc["random network", "bottle"] == f"{runs['image_auroc'].iloc[0]:.1f}"
     assert "screw" not in grid  # not measured
     assert grid.loc["random network", "average all"] == ""
-    rows = wide(published(T7).assign(mean=None, stderr=None))
+    averages = published(T7).assign(mean=None, stderr=None)
+    tile = averages.iloc[:1].assign(category="tile", mean=97.0, published_mean=None)
+    rows = wide(pd.concat([averages, tile]))
     assert rows.index[1] == "learning rate × 1"
+    assert [*rows] == ["tile", "average texture", "average object", "average all"]
     lines = markdown(grid).splitlines()
     assert lines[0] == "| image AUROC, % | bottle | average all |"
     assert {line.count("|") for line in lines} == {4}

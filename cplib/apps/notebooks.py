@@ -29,6 +29,10 @@ NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
 STAGES = (TRAINING, "03", "11")  # each starts a group: 11 reads what those before it measured
 MOST = 4  # notebooks at a time: each takes about a gigabyte
+LEFT_OUT = (
+    "> *Left out: cells that show photographs or need them. This copy was made without images; "
+    "[that of the demo set](../../demo/notebooks/{}) shows these cells.*"
+)
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
 
@@ -157,7 +161,8 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_spec_manager=specs, shutdown_wait_time=3)
     about = {"metadata": {"path": str(NOTEBOOKS), "name": path.stem}}
-    client = Client(notebook, km=kernel, resources=about, coalesce_streams=True)
+    settings = {"coalesce_streams": True, "record_timing": False}
+    client = Client(notebook, km=kernel, resources=about, **settings)
     out, error = results / "notebooks" / path.name, ""
     failed = out.with_suffix(".failed.ipynb")
     async with slots:
@@ -173,6 +178,8 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
             with suppress(AttributeError, ProcessLookupError):
                 os.killpg(kernel.provisioner.pgid, signal.SIGKILL)
     minutes = round((time.time() - began) / 60, 1)
+    if not error:
+        leave_out(notebook, path.name)
     write_text(failed if error else out, nbformat.writes(notebook) + "\n")
     line = f"FAILED after {minutes} min" if error else f"{minutes} min"
     print(f"\r{path.stem} ... {line:<60}", flush=True)
@@ -180,6 +187,23 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
         failed.unlink(missing_ok=True)
         note_minutes(results / "minutes.json", path.stem, minutes)
     return error
+
+
+def leave_out(notebook, name: str) -> None:
+    """Leave out what says nothing to a reader: the cell for Colab, cells without their images.
+
+    Cells tagged "images" that stand together go if none of them has an output. A line takes their
+    place.
+    """
+    kept = []
+    tag = lambda cell: {"colab", "images"}.intersection(cell.metadata.get("tags", []))  # noqa: E731
+    for found, cells in groupby(notebook.cells, tag):
+        cells = list(cells)
+        if not found or "images" in found and any(cell.outputs for cell in cells):
+            kept += cells
+        elif "images" in found:
+            kept.append(nbformat.v4.new_markdown_cell(LEFT_OUT.format(name), id=cells[0].id))
+    notebook.cells = kept
 
 
 class Client(NotebookClient):

@@ -64,7 +64,7 @@ AVERAGED = groups(MVTEC.categories)  # the categories of each average that the p
 COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "effect", "error"]
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
-COLUMNS += ["null", "null_effect", "categories", "needed", "compared", "comparisons"]
+COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
 WORDS = ["here", "ours", "the paper", "without training", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
@@ -180,6 +180,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["here"] != ONE_SEED:
         row["here_low"], row["here_high"] = found[pair].here()
     row["categories"] = min(len(e.gaps) for e in found.values())
+    row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
     row["paper"] = NOT_PRINTED
     if papers[pair]:
@@ -378,7 +379,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         if row.needed > len(MVTEC.categories):
             needed = "; not decidable on MVTec AD"
         more = where * (row.categories > 0) + needed * pd.notna(row.needed)
-        among = ", in one category" * (row.categories == 1)
+        among = f", on {row.place} alone" * (row.categories == 1)
         among += f", the smallest of {row.compared}" * (row.compared > 1)
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons

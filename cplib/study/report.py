@@ -203,8 +203,8 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     """One metric, methods down and categories across, "ours (paper's)", named as in the paper.
 
     Columns: the measured categories (all that the paper has if nothing was measured), their
-    averages of more than one, and ``average_all``. Rows: methods that have a number; those
-    of Tables 7 and 8 are named by setting and value.
+    averages of more than one, and ``average_all``; where the paper prints averages alone, all of
+    them. Rows: methods that have a number; those of Tables 7 and 8 are named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
     part = part.dropna(subset=["mean", "published_mean"], how="all")
@@ -219,7 +219,9 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     measured = {*part.dropna(subset="mean")["category"]} or {*part["category"]}
     members = groups(measured - {*AVERAGES})
     measured -= {name for name, under in members.items() if len(under) == 1}
-    columns = [c for c in in_order(part["category"]) if c in measured | {"average_all"}]
+    printed = {*part.dropna(subset="published_mean")["category"]}
+    measured |= printed if printed <= {*AVERAGES} else {"average_all"}
+    columns = [c for c in in_order(part["category"]) if c in measured]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
     grid = grid.rename(columns=lambda name: NAMES[name])
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
@@ -398,9 +400,9 @@ def _moved(gaps: pd.Series) -> str:
 
 
 def _apart(gap: float, unit: str = "") -> str:
-    """A difference in words: "3.2 points above", or "level with" where it rounds to 0."""
+    """A difference in words: "3.2 points above", or "equal to" where it rounds to 0."""
     words = f"{abs(gap):.1f}{unit} {'above' if gap > 0 else 'below'}"
-    return words if round(gap, 1) else f"level{' with' * bool(unit)}"
+    return words if round(gap, 1) else f"equal{' to' * bool(unit)}"
 
 
 def _gaps(gaps: pd.Series) -> str:
