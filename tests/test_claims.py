@@ -465,7 +465,7 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
     text = claims.summary(some)
     here, elsewhere = (ours[question].value_counts() for question in ("here", "elsewhere"))
     decided = 25 - here["one seed"] - here["not measured"] - here["open"]
-    assert text.startswith(f"Of 25 claims of the paper, {decided} are decided here and ")
+    assert text.startswith(f"The paper's 25 claims here: {decided} decided, ")
     assert "\n| claims of the paper | here | elsewhere |\n" in text
     for answer in claims.ANSWERS:
         counts = [str(found.get(answer, "")) for found in (here, elsewhere)]

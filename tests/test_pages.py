@@ -58,7 +58,7 @@ def test_the_overview_has_findings_first_then_each_notebooks_tables_and_figures(
     assert text.startswith("[← README](../../README.md)\n\n# CutPaste: MVTec AD,")
     assert text.index("## Findings\n") < text.index("(../quick/figures/04_pipeline.png)")
     assert "**CutPaste-3way (patch): 77.8 % pixel AUROC**" in text
-    assert "Of 25 claims of the paper, 0 are decided here" in text
+    assert "The paper's 25 claims here: 0 decided" in text
     start = "## [A title, $a^2$](notebooks/"
     image, finetuned = text.split(f"{start}03")[1].split(f"\n{start}05")
     assert "| CutPaste | 91.0 (99.2) |" in image  # bottle; errors stand in the table's own file

@@ -31,7 +31,7 @@ STAGES = (TRAINING, "03", "11")  # each starts a group: 11 reads what those befo
 MOST = 4  # notebooks at a time: each takes about a gigabyte
 LEFT_OUT = (
     "> *Left out: cells that show photographs or need them. This copy was made without images; "
-    "[that of the demo set](../../demo/notebooks/{}) shows these cells.*"
+    "[that of the demo set](../../demo/notebooks/{}) shows these cells. The exercises use them.*"
 )
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 

@@ -31,7 +31,7 @@ pasted. A Gaussian of its features of normal images then scores a new image: the
 from them, the more anomalous it is. AUROC is how often an anomalous image (or pixel) has a higher
 score than a normal one; 50 % is chance."""
 OTHERS = {  # further tables of a notebook
-    "11": {"claims": "All claims, each with three answers"},
+    "11": {"claims": "All claims and their answers"},
     "09": {"schedule_choice": "How the short schedule was chosen"},
 }
 # Wide tables and code scroll by themselves on a phone; at night the page is dark, figures are not.
@@ -40,6 +40,10 @@ body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
 .jp-RenderedHTMLCommon { overflow-x: auto; }
 tr > :first-child { position: sticky; left: 0; background: white; }
 img { max-width: 100%; height: auto; }
+@media (max-width: 40rem) {
+  .jp-OutputArea-output { overflow-x: auto; }
+  img:not(.math) { max-width: none; width: 44rem; }
+}
 img.math { height: 2.2em; }
 @media (prefers-color-scheme: dark) {
   html { filter: invert(.92) hue-rotate(180deg); background: white; }
@@ -177,7 +181,8 @@ def _figures(results: Path, notebook, number: str) -> dict[str, str]:
             caption = re.split(r"(?<=\.)\s", cell.source.split("\n\n")[-1])[0].rstrip(":")
         for name, more in re.findall(rf'"({number}_[^"{{]*)({{?)', cell.source):
             for path in sorted(results.glob(f"figures/{name}{'*' if more else ''}.png")):
-                found.setdefault(path.name, caption)
+                own = path.stem.removeprefix(name) if more else ""
+                found.setdefault(path.name, f"{own}: {caption}" if own else caption)
     found.pop(SUMMARY, None)  # stands above
     return found
 

@@ -343,8 +343,8 @@ def summary(table: pd.DataFrame) -> str:
     decided, is_open, single = (
         table["here"].isin(answers).sum() for answers in (ANSWERS[:3], [OPEN], [ONE_SEED])
     )
-    text = f"Of {len(table)} claims of the paper, {decided} are decided here and {is_open} open; "
-    text += f"{single} need a second seed.\n\n{markdown(grid)}"
+    text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} in "
+    text += f"need of a second seed.\n\n{markdown(grid)}"
     printed = table.dropna(subset=["effect", "paper_effect"])
     bound = printed["margin"].fillna(0) + TIE
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))

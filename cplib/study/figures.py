@@ -161,7 +161,7 @@ def forest(table, limit: float = 40.0) -> Figure:
         ours = part["source"] == OURS
         head = f"{answer.capitalize()}: {(~ours).sum()}"
         head += f", and {ours.sum()} {OURS.lower()}" if any(ours) else ""
-        ax.set_title(head, loc="left", weight="bold", pad=2)
+        ax.set_title(head, loc="left", weight="bold", pad=5)
         ax.set(xlim=(-limit - 2, limit + 2), ylim=(len(part) - 0.5, -0.5))
         names = part["claim"].mask(ours, part["claim"].str.rstrip(".") + f" ({OURS.lower()})")
         ax.set_yticks(range(len(part)), [fill(name, 60) for name in names], fontsize="small")
@@ -170,9 +170,15 @@ def forest(table, limit: float = 40.0) -> Figure:
         for y, row in enumerate(part.itertuples()):
             _forest_row(ax, y, row, limit)
     ax.set_xlabel("difference in AUROC, percentage points")
-    marks = {"the paper's difference": PAPER_MARK, "margin": MARGIN_MARK}
-    marks = [Line2D([], [], label=name, ls="", **mark) for name, mark in marks.items()]
-    fig.legend(handles=marks, loc="outside upper right", ncols=2, fontsize="small")
+    named = {"paper_effect": "the paper's difference", "margin": "margin"}
+    looks = (PAPER_MARK, MARGIN_MARK)
+    marks = [
+        Line2D([], [], label=name, ls="", **look)
+        for (column, name), look in zip(named.items(), looks, strict=True)
+        if table[column].notna().any()
+    ]
+    if marks:
+        fig.legend(handles=marks, loc="outside upper right", ncols=2, fontsize="small")
     return fig
 
 
@@ -182,7 +188,7 @@ def _forest_row(ax, y: int, row, limit: float) -> None:
     ends = np.clip([row.here_low, row.here_high], -limit, limit)
     ax.plot(ends, [y, y], color=mark["color"], lw=2, solid_capstyle="butt")
     for end, arrow in ((-limit, "<"), (limit, ">")):
-        if end in ends:
+        if end in ends or abs(row.effect) > limit and row.effect * end > 0:
             ax.plot(1.02 * end, y, arrow, color=mark["color"], ms=7)
     ax.plot(np.clip(row.effect, -limit, limit), y, **mark)
     ax.plot(row.margin, y, **MARGIN_MARK)
@@ -196,12 +202,15 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
     ``grid`` has a row a category and a column a method, as ``report.common`` gives it.
     """
     fig, ax = plt.subplots(figsize=(1.2 * grid.shape[1] + 3, 3.6))
-    for category, row in grid.iterrows():
-        ax.plot(range(len(row)), row, ls="", ms=8, label=category, clip_on=False, **mark(category))
-    ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=28, mew=2, label="mean")
+    shifts = np.linspace(-0.25, 0.25, len(grid)) if len(grid) > 1 else [0.0]
+    for shift, (category, row) in zip(shifts, grid.iterrows(), strict=True):
+        x = np.arange(len(row)) + shift
+        ax.plot(x, row, ls="", ms=7, label=category, clip_on=False, **mark(category))
+    ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=36, mew=2)
+    ax.plot([], [], color="black", lw=2, label="mean")
     ax.axhline(50, color="0.6", lw=1)
     ax.set_xticks(range(grid.shape[1]), [names.get(m, m) for m in grid], rotation=20, ha="right")
-    ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5), ylim=(None, 101))
+    ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5), ylim=(None, 102))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return fig
 
@@ -251,7 +260,7 @@ def every_category(table) -> Figure:
     ax.axvline(len(places) - 1.5, color="0.6", lw=1)
     ax.axhline(50, color="0.5", lw=1, ls="--")
     ax.text(len(places) - 0.5, 50.5, "chance", color="0.4", fontsize=13, ha="right", va="bottom")
-    ax.set(ylim=(min(48, points["value"].min() - 2), 101), xlim=(-0.5, len(places) - 0.5))
+    ax.set(ylim=(min(48, points["value"].min() - 2), 102), xlim=(-0.5, len(places) - 0.5))
     ax.set_ylabel("image AUROC, %", fontsize=14)
     ax.tick_params(axis="y", labelsize=14)
     ax.grid(False, axis="x")
