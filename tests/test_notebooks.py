@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
 from cplib.apps.cli import main
@@ -33,6 +34,10 @@ SMOKE = PROFILES["smoke"]
 # As they are committed
 
 
+def tagged(cell, tag):
+    return tag in cell.metadata.get("tags", [])
+
+
 def cells(path, kind="code"):
     return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
 
@@ -44,8 +49,8 @@ def test_a_notebook_is_short_valid_without_output_and_has_the_parameters(path):
     assert len(nbformat.read(path, 4).cells) <= 30
     assert max(len(cell.source.splitlines()) for cell in cells(path)) <= 15
     assert cells(path, "markdown")[0].source.startswith(f"# {path.stem[:2]} ")
-    (tagged,) = [c for c in cells(path) if "parameters" in c.metadata.get("tags", [])]
-    named = set(re.findall(r"^(\w+):", tagged.source, re.MULTILINE))
+    (parameters,) = [c for c in cells(path) if tagged(c, "parameters")]
+    named = set(re.findall(r"^(\w+):", parameters.source, re.MULTILINE))
     assert named == PARAMETERS or (path.stem[:2] == "12" and named > PARAMETERS)
 
 
@@ -90,9 +95,8 @@ def test_every_notebook_is_executed_without_a_warning(smoke, name):
     assert [o for o in outputs if o.output_type == "error"] == []
     assert [o.text for o in outputs if o.get("name") == "stderr"] == []
     source = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-    injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
-    assert [c.source for c in notebook.cells if c not in injected] == [
-        c.source for c in source.cells
+    assert [c.source for c in notebook.cells if not tagged(c, "injected-parameters")] == [
+        c.source for c in source.cells if not tagged(c, "colab")
     ]
 
 
@@ -354,9 +358,7 @@ EXECUTED = sorted((ROOT / "results").glob("*/notebooks/[0-9]*.ipynb"))
 def test_an_executed_notebook_has_the_cells_of_its_source(path):
     """But for those that are for Colab, or showed nothing without images."""
     executed = nbformat.read(path, 4)
-    executed.cells = [
-        c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])
-    ]
+    executed.cells = [c for c in executed.cells if not tagged(c, "injected-parameters")]
     source = nbformat.read(NOTEBOOKS / path.name, 4)
     outputs = {cell.id: cell.get("outputs") for cell in executed.cells}
     for cell in source.cells:
@@ -365,3 +367,17 @@ def test_an_executed_notebook_has_the_cells_of_its_source(path):
     leave_out(source, path.name)
     assert [c.source for c in executed.cells] == [c.source for c in source.cells]
     assert path.stat().st_size < 2**20
+
+
+def test_cells_that_showed_nothing_without_images_are_left_out():
+    def cell(source, *tags, output=""):
+        outputs = [new_output("stream", text=output)] if output else []
+        return new_code_cell(source, metadata={"tags": [*tags]}, outputs=outputs)
+
+    pair = [cell("define", "images"), cell("use", "images")]
+    shown = [cell("define", "images"), cell("use", "images", output="12 windows")]
+    notebook = new_notebook(cells=[cell("install", "colab"), cell("a"), *pair, cell("b"), *shown])
+    leave_out(notebook, "04_x.ipynb")
+    sources = [cell.source for cell in notebook.cells]
+    assert sources[0] == "a" and sources[2:] == ["b", "define", "use"]
+    assert "(../../demo/notebooks/04_x.ipynb)" in sources[1]
