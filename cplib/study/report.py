@@ -390,13 +390,13 @@ def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> s
 
 
 def _moved(gaps: pd.Series) -> str:
-    """The mean difference without the category that moves it most, where that is half of it."""
+    """The mean difference without the category that moves it most, if that is a third of it."""
     if len(gaps) < 3:
         return ""
     most = (gaps - gaps.mean()).abs().idxmax()
     rest = gaps.drop(most).mean()
-    half = abs(rest - gaps.mean()) >= abs(gaps.mean()) / 2
-    return f" ({_apart(rest)} without {NAMES[most]})" if half else ""
+    third = abs(rest - gaps.mean()) >= abs(gaps.mean()) / 3
+    return f" ({_apart(rest)} without {NAMES[most]})" if third else ""
 
 
 def _apart(gap: float, unit: str = "") -> str:
