@@ -474,7 +474,7 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
     theirs = printed[printed["paper_effect"] > printed["margin"].fillna(0) + 0.05]
     both = (theirs["effect"] > theirs["margin"].fillna(0) + 0.05).sum()
     assert f"For {len(printed)} claims the paper prints its numbers" in text
-    assert f"support {len(theirs)} of these claims; ours support {both} of those" in text
+    assert f"these support {len(theirs)} of them, and ours support {both} of these." in text
     left = ours.loc[ours["here"] == claims.NOT_MEASURED, "claim"]
     assert len(left) and all(claim.rstrip(".") in text.split("Not measured: ")[1] for claim in left)
 
@@ -484,10 +484,10 @@ def test_a_margin_counts_for_what_the_papers_difference_speaks_for(some):
     table = ours.assign(
         effect=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
     )
-    assert "support 1 of these claims; ours support 1 of those 1." in claims.summary(table)
-    assert "support 0 of these claims" in claims.summary(table[1:])
+    assert "these support 1 of them, and ours support 1 of these." in claims.summary(table)
+    assert "these support 0 of them" in claims.summary(table[1:])
     tie = ours.head(1).assign(effect=0.01, paper_effect=1e-15, margin=None)
-    assert "support 0 of these claims" in claims.summary(tie)
+    assert "these support 0 of them" in claims.summary(tie)
 
 
 def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):

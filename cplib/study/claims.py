@@ -350,12 +350,8 @@ def summary(table: pd.DataFrame) -> str:
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
-        text += (
-            f" on these categories. By the mean alone, without its error, {theirs.sum()} of these "
-        )
-        text += (
-            f"claims hold in the paper, and {(theirs & ours).sum()} of those {theirs.sum()} here."
-        )
+        text += " on these categories. By the mean alone, without its error, these support "
+        text += f"{theirs.sum()} of them, and ours support {(theirs & ours).sum()} of these."
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 
