@@ -129,6 +129,10 @@ def overview(results: Path) -> str:
         number, title = path.stem[:2], notebook.cells[0].source.splitlines()[0]
         parts.append(f"## [{title.lstrip('# ')}](notebooks/{path.name})")
         names = [name for name, table in TABLES.items() if table.notebook == number]
+        own = profile.sensitivity["protocol"] if profile else {}
+        if own and any(TABLES[name].axes for name in names):
+            changed = ", ".join(f"{field} {value}" for field, value in own.items())
+            parts.append(f"The networks had another schedule than those of Table 1: {changed}.")
         parts += [_table(results, name) for name in names]
         parts += [
             f"[{words}](tables/{name}.md)"
