@@ -11,7 +11,7 @@ from cplib.study.paper import ROW, published
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.report import compare, protocol, result
 from cplib.study.store import Places, run_folder
-from cplib.study.synthetic import SYNTHETIC
+from cplib.study.synthetic import SIDE, SYNTHETIC
 from cplib.study.tables import TABLES, curves, plan, planned, rows_of, values
 from cplib.study.workspace import Workspace
 
@@ -189,18 +189,20 @@ def test_every_table_can_be_written_before_anything_is_measured(tmp_path):
 def test_table_6_is_the_mean_over_sources_of_what_was_painted(tmp_path):
     workspace = workspace_of("quick", tmp_path, "tile", "pill")
     name = "table6_synthetic_anomalies"
-    for category, auroc in (("tile", 90), ("pill", 70)):
-        run = QUICK.run(METHOD, category)
+    larger = QUICK.run("untrained", "tile"), 99, (0.1, 0.3)  # not in the table with the others
+    runs = (QUICK.run(METHOD, category) for category in ("tile", "pill"))
+    for run, auroc, side in (*zip(runs, (90, 70), 2 * [SIDE], strict=True), larger):
         record(tmp_path, run)
-        text = json.dumps({"image_auroc": dict.fromkeys(SYNTHETIC, auroc), "side": [0.1, 0.3]})
+        text = json.dumps({"image_auroc": dict.fromkeys(SYNTHETIC, auroc), "side": side})
         (run_folder(run, tmp_path) / "synthetic-40.json").write_text(text)
     found = values(workspace, name)
+    assert {*found["method"]} == {METHOD}
     assert found["category"].tolist() == 2 * list(SYNTHETIC)
     assert found["source"].tolist() == 7 * ["tile"] + 7 * ["pill"]
     tidy = compare(workspace, name, found).query("method == @METHOD")
     assert tidy["mean"].tolist() == 8 * [80]
     text = (tmp_path / "tables" / f"{name}.md").read_text()
-    assert "shapes of 10 to 30 % of a side" in text.splitlines()[0]
+    assert "shapes of 6.25 to 12.5 % of a side" in text.splitlines()[0]
 
 
 def scored(results, seed, files, scores):

@@ -237,18 +237,30 @@ def keep(name: str, run: Run, net: PretextNet, images: dict[str, Images], places
     store.write_json(folder / f"{name}.json", record | ({"constants": known} if known else {}))
 
 
+def measured(run: Run, name: str, results: Path) -> dict | None:
+    """What a measure found of a run, without its constants.
+
+    None where it is missing, or was made with other constants than today's: numbers of both would
+    stand in one table.
+    """
+    found = store.read_record(store.run_folder(run, results) / f"{name}.json")
+    if found is None or not _todays(name, found):
+        return None
+    return {k: v for k, v in found.items() if k != "constants"}
+
+
 def lacking(run: Run, names: list[str], places: Places) -> list[str]:
     """Those of the measures that can be made on a finished run, and are missing or out of date."""
     if not names or not _measurable(run, places):
         return []
-    return [name for name in names if _state(run, name, places) != "today's"]
+    return [name for name in names if measured(run, name, places.results) is None]
 
 
 def out_of_reach(run: Run, names: list[str], places: Places) -> list[str]:
     """Those of the measures of a finished run that are missing or old and cannot be made."""
     if not names or not places.data or _measurable(run, places):
         return []
-    return [name for name in names if _state(run, name, places) != "today's"]
+    return [name for name in names if measured(run, name, places.results) is None]
 
 
 def _measurable(run: Run, places: Places) -> bool:
@@ -258,17 +270,14 @@ def _measurable(run: Run, places: Places) -> bool:
     return not run.needs_training or store.checkpoint_file(run, places.results).exists()
 
 
-def _state(run: Run, name: str, places: Places) -> str:
-    """Whether a record is missing, today's or out of date.
+def _todays(name: str, record: dict) -> bool:
+    """Whether a record was made with today's constants.
 
     One without constants has those of its own fields, and the first version of the random draws.
     """
-    record = store.read_record(store.run_folder(run, places.results) / f"{name}.json")
-    if record is None:
-        return "missing"
     known = constants(name)
     unsaid = known | {k: v for k, v in ({"draws": 1} | record).items() if k in known}
-    return "today's" if record.get("constants", unsaid) == known else "out of date"
+    return record.get("constants", unsaid) == known
 
 
 # How a record becomes rows of a table

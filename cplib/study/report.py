@@ -9,7 +9,6 @@ from cplib import datasets
 from cplib.augment import DRAWS_VERSION
 from cplib.datasets import atomic, write_text
 from cplib.run import Run
-from cplib.study import store
 from cplib.study.paper import (
     AVERAGES,
     KEYS,
@@ -22,7 +21,7 @@ from cplib.study.paper import (
     with_settings,
 )
 from cplib.study.profiles import METHOD, PROFILES
-from cplib.study.synthetic import SYNTHETIC
+from cplib.study.synthetic import SIDE, SYNTHETIC
 from cplib.study.tables import NAMES, RELATIVE, SCORES, TABLES, plan, planned, rows_of
 from cplib.study.workspace import Workspace
 
@@ -66,11 +65,9 @@ def caption(workspace: Workspace, name: str, values: pd.DataFrame) -> str:
     parts += [f"ImageNet features of {backbone}" for backbone in features]
     parts += [_seeds(values) or "nothing was measured"]
     parts += [] if trained else ["nothing was trained for this table"]
-    folders = [(store.run_folder(run, workspace.results), row.measure) for row, run in trained]
-    painted = [store.read_record(folder / f"{measure}.json") or {} for folder, measure in folders]
-    painted = [record.get("constants", record) for record in painted]
-    sides = dict.fromkeys(tuple(record["side"]) for record in painted if "side" in record)
-    parts += [f"shapes of {100 * low:.3g} to {100 * high:.3g} % of a side" for low, high in sides]
+    if {*values["category"]} & {*SYNTHETIC}:
+        low, high = (100 * share for share in SIDE)
+        parts += [f"shapes of {low:.3g} to {high:.3g} % of a side"]
     finished = workspace.finished(run for _, run in trained)
     records = {run: record for run, (record, _) in finished.items()}
     old = {record["draws"] for record in records.values()} - {DRAWS_VERSION}  # not mixed

@@ -322,12 +322,6 @@ def load_network(run: Run, places: Places) -> PretextNet | None:
     return net.to(places.device, memory_format=torch.channels_last).eval()
 
 
-def measured(run: Run, name: str, results: str | Path) -> dict | None:
-    """What a measure found of a run (``measures.py``), without its constants; else None."""
-    found = read_record(run_folder(run, results) / f"{name}.json")
-    return found and {k: v for k, v in found.items() if k != "constants"}
-
-
 def read_record(file: Path) -> dict | None:
     """What ``write_json`` wrote; None where nothing is there, or no object of JSON (a warning)."""
     if not file.exists():

@@ -11,7 +11,7 @@ from cplib.datasets import DATASETS
 from cplib.metrics import IMAGE_METRICS, PIXEL_METRICS
 from cplib.run import BASELINES, Run
 from cplib.study import store
-from cplib.study.measures import ensemble, table_rows
+from cplib.study.measures import ensemble, measured, table_rows
 from cplib.study.paper import ROW
 from cplib.study.profiles import METHOD, PROFILES, TABLE1, Profile
 from cplib.study.store import PEAK
@@ -289,7 +289,7 @@ def values(workspace: Workspace, name: str) -> pd.DataFrame:
             found.append(head | metrics)
             if 2 * record["images"]["normal"] < official.get(run.category, 0):
                 found[-1] |= dict.fromkeys(IMAGE_METRICS, np.nan)
-        elif record := store.measured(run, row.measure, workspace.results):
+        elif record := measured(run, row.measure, workspace.results):
             found += [head | part for part in table_rows(row.measure, run, record)]
     if ensembles:
         random = [run for row, run in entries if row.key == "untrained" and run in finished]
@@ -312,7 +312,7 @@ def records(workspace: Workspace, name: str) -> dict[Run, dict]:
     entries = plan(workspace, name)
     finished = workspace.finished([run for _, run in entries])
     rows = [(run, row.measure) for row, run in entries if run in finished]
-    found = {run: store.measured(run, measure, workspace.results) for run, measure in rows}
+    found = {run: measured(run, measure, workspace.results) for run, measure in rows}
     return {run: record for run, record in found.items() if record}
 
 
