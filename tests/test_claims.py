@@ -15,6 +15,7 @@ from cplib.study import claims
 from cplib.study.claims import CLAIMS, LEAST_CATEGORIES, Estimate, contrast, measured, verdicts
 from cplib.study.features import GROUPS, PAIRS
 from cplib.study.figures import ANSWER_MARKS, forest
+from cplib.study.measures import constants
 from cplib.study.paper import PRINTED, published
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.store import Places, run_folder
@@ -180,6 +181,20 @@ def test_an_order_stands_or_falls_with_its_weakest_comparison(scar, noise, here,
     assert (row.here, row.weakest, row.compared) == (here, weakest, 2)
 
 
+def test_the_comparison_that_leaves_an_order_open_is_named():
+    frame = made_up(ORDER | {"cutpaste_scar": 82, METHOD: 86}, noise=0.1)
+    wide = (frame["method"] == METHOD) & (frame["seed"] == 0)
+    frame.loc[wide, "image_auroc"] += np.resize([20, -20], wide.sum())
+    table = verdicts({T1: frame}, CLAIMS[CLAIMS["id"] == "cutpaste-scar-3way-order"])
+    (row,) = table.itertuples()
+    assert (row.here, row.weakest) == ("open", "cutpaste_scar over cutpaste") and row.here_low > 0
+    assert row.lowest == "cutpaste_3way over cutpaste_scar" and row.lowest_end < 0
+    (text,) = claims.readable(table)[0]["ours"]
+    assert (
+        f"the interval of CutPaste-3way minus CutPaste-scar reaches {row.lowest_end:+.1f}" in text
+    )
+
+
 def test_an_order_measured_in_part_cannot_hold_but_can_fail():
     for scar, expected in ((85, "open"), (60, "no")):
         part = made_up({"cutpaste": 80, "cutpaste_scar": scar})
@@ -325,6 +340,7 @@ def test_the_claims_about_features_read_the_records_beside_the_runs(tmp_path):
     for method, auroc in ((METHOD, 99), ("untrained", 60)):
         pairs = {f"{a} {b}": {"classifier_auroc": auroc} for a, b in PAIRS}
         found = {"gaussian_auroc": dict.fromkeys(GROUPS[1:], 40), "pairs": pairs}
+        found["constants"] = constants("features")
         for run in profile.runs((method,), profile.categories):
             if run.seed:
                 continue

@@ -65,6 +65,7 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
+COLUMNS += ["lowest", "lowest_end"]  # of an open claim: another comparison that leaves it open
 WORDS = ["here", "ours", "the paper", "without training", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
@@ -179,6 +180,9 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
     if row["here"] != ONE_SEED:
         row["here_low"], row["here_high"] = found[pair].here()
+    if row["here"] == OPEN and row["here_low"] > bound:
+        lowest = min(found, key=lambda p: found[p].here()[0])
+        row |= {"lowest": " over ".join(lowest), "lowest_end": found[lowest].here()[0]}
     row["categories"] = min(len(e.gaps) for e in found.values())
     row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
@@ -384,6 +388,10 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons
         )
+        if pd.notna(row.lowest_end):
+            first, _, second = row.lowest.partition(" over ")
+            among += f"; the interval of {NAMES[first]} minus {NAMES[second]} reaches "
+            among += f"{row.lowest_end:+.1f}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
