@@ -189,8 +189,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     if "pretrained" in means.index:
         near = [c for c in means if means.loc["pretrained", c] >= means.loc[after, c] - MORE]
         if {*planes} <= {*near}:
-            text += "So real and pasted anomalies can be told apart, as the paper says, but the "
-            text += "training on CutPaste is not shown to be the reason. "
+            text += "So real and pasted anomalies can be told apart, as the paper says; without "
+            text += "training on CutPaste, ImageNet features do it as well. "
         text += f"ImageNet features, which never saw CutPaste, are at most {MORE} points below "
         text += f"CutPaste-3way, or above it, in {len(near)} of {means.shape[1]} columns. There a "
         text += "high number is no evidence for CutPaste. "
