@@ -29,9 +29,9 @@ NOTEBOOKS = ROOT / "notebooks"
 TRAINING = "02"  # trains what the others read
 STAGES = (TRAINING, "03", "11")  # each starts a group: 11 reads what those before it measured
 MOST = 4  # notebooks at a time: each takes about a gigabyte
-LEFT_OUT = (
-    "> *Left out: cells that show photographs or need them. This copy was made without images; "
-    "[that of the demo set](../../demo/notebooks/{}) shows these cells. The exercises use them.*"
+NO_IMAGES = (
+    "*Nothing is shown: this copy was made without images. "
+    "[That of the demo set](../../demo/notebooks/{}) has them.*"
 )
 LONG = 1_000_000  # images to train on, from which the cost is shown first
 
@@ -179,7 +179,7 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
                 os.killpg(kernel.provisioner.pgid, signal.SIGKILL)
     minutes = round((time.time() - began) / 60, 1)
     if not error:
-        leave_out(notebook, path.name)
+        say_what_is_missing(notebook, path.name)
     write_text(failed if error else out, nbformat.writes(notebook) + "\n")
     line = f"FAILED after {minutes} min" if error else f"{minutes} min"
     print(f"\r{path.stem} ... {line:<60}", flush=True)
@@ -189,21 +189,17 @@ async def _execute(path: Path, notebook, results: Path, slots: asyncio.Semaphore
     return error
 
 
-def leave_out(notebook, name: str) -> None:
-    """Leave out what says nothing to a reader: the cell for Colab, cells without their images.
+def say_what_is_missing(notebook, name: str) -> None:
+    """Say below cells tagged "images" that stand together and showed nothing that images lack."""
+    for needs_images, cells in groupby(notebook.cells, lambda cell: "images" in _tags(cell)):
+        *_, last = cells = list(cells)
+        if needs_images and not any(cell.outputs for cell in cells):
+            text = {"text/markdown": NO_IMAGES.format(name)}
+            last.outputs = [nbformat.v4.new_output("display_data", text)]
 
-    Cells tagged "images" that stand together go if none of them has an output. A line takes their
-    place.
-    """
-    kept = []
-    tag = lambda cell: {"colab", "images"}.intersection(cell.metadata.get("tags", []))  # noqa: E731
-    for found, cells in groupby(notebook.cells, tag):
-        cells = list(cells)
-        if not found or "images" in found and any(cell.outputs for cell in cells):
-            kept += cells
-        elif "images" in found:
-            kept.append(nbformat.v4.new_markdown_cell(LEFT_OUT.format(name), id=cells[0].id))
-    notebook.cells = kept
+
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
 
 
 class Client(NotebookClient):
