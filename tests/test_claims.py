@@ -190,9 +190,21 @@ def test_the_comparison_that_leaves_an_order_open_is_named():
     assert (row.here, row.weakest) == ("open", "cutpaste_scar over cutpaste") and row.here_low > 0
     assert row.lowest == "cutpaste_3way over cutpaste_scar" and row.lowest_end < 0
     (text,) = claims.readable(table)[0]["ours"]
-    assert (
-        f"the interval of CutPaste-3way minus CutPaste-scar reaches {row.lowest_end:+.1f}" in text
-    )
+    assert f"open because CutPaste-3way minus CutPaste-scar could be {row.lowest_end:+.1f}" in text
+
+
+def test_a_category_that_alone_makes_an_answer_is_named():
+    frame = made_up(ORDER | {METHOD: 85}, noise=0.1)
+    some = CLAIMS[CLAIMS["id"] == "3way-over-cutpaste"]
+    (row,) = verdicts({T1: frame}, some).itertuples()
+    assert row.here == "yes" and pd.isna(row.turned_to)
+    ours, places = frame["method"] == METHOD, list(frame["category"].unique())
+    frame.loc[ours, "image_auroc"] -= row.effect + 1  # below in every category, by a point
+    frame.loc[ours & (frame["category"] == places[1]), "image_auroc"] += 10
+    table = verdicts({T1: frame}, some)
+    (row,) = table.itertuples()
+    assert (row.here, row.turned_by) == ("yes", places[1]) and row.turned_to < 0 < row.effect
+    assert f"; {row.turned_to:+.1f} without {places[1]}" in claims.readable(table)[0]["ours"].item()
 
 
 def test_an_order_measured_in_part_cannot_hold_but_can_fail():
@@ -437,9 +449,9 @@ def test_the_readable_tables_have_a_row_a_claim_by_answer_and_say_the_effect(som
     assert grid.loc[rows.loc["mixture-no-better"].claim, "the paper"] == "Section 2.3, footnote 1"
     assert grid.loc[rows.loc["3way-over-imagenet"].claim, "the paper"] == "not in the paper"
     assert grid.loc[row.claim, "elsewhere"] == "yes, 5 categories"
-    for needed, words in ((15, "15 would decide"), (16, "not decidable on MVTec AD")):
+    for needed, words in ((15, "; 15 would decide"), (16, "")):
         grid, _ = claims.readable(some.assign(needed=needed))
-        assert grid.loc[row.claim, "elsewhere"] == f"yes, 5 categories; {words}"
+        assert grid.loc[row.claim, "elsewhere"] == f"yes, 5 categories{words}"
 
 
 @pytest.mark.parametrize(
@@ -490,7 +502,8 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
     theirs = printed[printed["paper_effect"] > printed["margin"].fillna(0) + 0.05]
     both = (theirs["effect"] > theirs["margin"].fillna(0) + 0.05).sum()
     assert f"For {len(printed)} claims the paper prints its numbers" in text
-    assert f"these support {len(theirs)} of them, and ours support {both} of these." in text
+    words = f"our means support {both} of those {len(theirs)}."
+    assert f"means support {len(theirs)} of the {len(printed)}; {words}" in text
     left = ours.loc[ours["here"] == claims.NOT_MEASURED, "claim"]
     assert len(left) and all(claim.rstrip(".") in text.split("Not measured: ")[1] for claim in left)
 
@@ -500,10 +513,10 @@ def test_a_margin_counts_for_what_the_papers_difference_speaks_for(some):
     table = ours.assign(
         effect=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
     )
-    assert "these support 1 of them, and ours support 1 of these." in claims.summary(table)
-    assert "these support 0 of them" in claims.summary(table[1:])
+    assert "means support 1 of the 3; our means support 1 of those 1." in claims.summary(table)
+    assert "means support 0 of the 2" in claims.summary(table[1:])
     tie = ours.head(1).assign(effect=0.01, paper_effect=1e-15, margin=None)
-    assert "these support 0 of them" in claims.summary(tie)
+    assert "means support 0 of the 1" in claims.summary(tie)
 
 
 def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):

@@ -19,6 +19,7 @@ TABLES = {  # a table's metric that README shows
     "1": ("table1_image_level", "image_auroc"),
     "2": ("table2_pixel_level", "pixel_auroc"),
     "2ap": ("table2_pixel_level", "pixel_ap"),
+    "2pro": ("table2_pixel_level", "aupro_30"),
     "6": ("table6_synthetic_anomalies", "image_auroc"),
 }
 PARTS = {"Understand": "00 01 02 03 04", "Check": "05 06 07 08 09 10 11 13", "Use": "12"}

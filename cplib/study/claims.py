@@ -66,6 +66,7 @@ COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
 COLUMNS += ["lowest", "lowest_end"]  # of an open claim: another comparison that leaves it open
+COLUMNS += ["turned_by", "turned_to"]  # of a decided one: the category that makes the answer
 WORDS = ["here", "ours", "the paper", "without training", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
@@ -141,8 +142,9 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
     ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere, ``low`` to
     ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how many
-    categories would decide the claim there. ``paper_effect`` is the paper's, of the same pair and
-    categories. ``null_effect`` is the difference without training.
+    categories would decide the claim there. ``turned_by`` is a category without which the mean
+    difference is on the other side of its limit: ``turned_to``. ``paper_effect`` is the paper's, of
+    the same pair and categories. ``null_effect`` is the difference without training.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
@@ -183,8 +185,13 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["here"] == OPEN and row["here_low"] > bound:
         lowest = min(found, key=lambda p: found[p].here()[0])
         row |= {"lowest": " over ".join(lowest), "lowest_end": found[lowest].here()[0]}
+    gaps = found[pair].gaps
+    without = pd.Series([gaps.drop(c).mean() for c in gaps.index], gaps.index)  # each left out
+    turned = (without - bound)[(without > bound) != (gaps.mean() > bound)].dropna()
+    if row["here"] in (YES, NO) and len(turned):
+        row |= {"turned_by": turned.abs().idxmax(), "turned_to": without[turned.abs().idxmax()]}
     row["categories"] = min(len(e.gaps) for e in found.values())
-    row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
+    row["place"] = gaps.index[0] if row["categories"] == 1 else ""
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
     row["paper"] = NOT_PRINTED
     if papers[pair]:
@@ -354,8 +361,9 @@ def summary(table: pd.DataFrame) -> str:
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
-        text += " on these categories. By the mean alone, without its error, these support "
-        text += f"{theirs.sum()} of them, and ours support {(theirs & ours).sum()} of these."
+        text += " on these categories. Without regard to errors, the paper's means support "
+        text += f"{theirs.sum()} of the {len(printed)}; our means support "
+        text += f"{(theirs & ours).sum()} of those {theirs.sum()}."
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 
@@ -379,10 +387,9 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
     table = table.sort_values("here", key=lambda answers: answers.map(rank), kind="stable")
     for row in table.itertuples():
         where = f", {row.categories} categor{'y' if row.categories == 1 else 'ies'}"
-        needed = f"; {row.needed:.0f} would decide"
-        if row.needed > len(MVTEC.categories):
-            needed = "; not decidable on MVTec AD"
-        more = where * (row.categories > 0) + needed * pd.notna(row.needed)
+        more = where * (row.categories > 0)
+        if row.needed <= len(MVTEC.categories):
+            more += f"; {row.needed:.0f} would decide"
         among = f", on {row.place} alone" * (row.categories == 1)
         among += f", the smallest of {row.compared}" * (row.compared > 1)
         among += f" ({row.comparisons - row.compared} not measured)" * (
@@ -390,8 +397,10 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         )
         if pd.notna(row.lowest_end):
             first, _, second = row.lowest.partition(" over ")
-            among += f"; the interval of {NAMES[first]} minus {NAMES[second]} reaches "
+            among += f"; open because {NAMES[first]} minus {NAMES[second]} could be "
             among += f"{row.lowest_end:+.1f}"
+        if pd.notna(row.turned_to):
+            among += f"; {row.turned_to:+.1f} without {row.turned_by}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
@@ -443,9 +452,8 @@ def seen(workspace: Workspace, *names: str) -> str:
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     left = int((table["here"] == NOT_MEASURED).sum())
     table = table[table["here"] != NOT_MEASURED]
-    text = "The claims are judged on the categories measured here. Differences are in points of "
-    text += "AUROC, with a 95 % interval from the seeds in brackets. Notebook 11 says how answers "
-    text += "are made."
+    text = "Claims of the paper, judged on the categories measured here (notebook 11 says how). "
+    text += "Differences are in points of AUROC, with a 95 % interval from the seeds in brackets."
     if workspace.profile.dataset == "demo":
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
@@ -464,6 +472,21 @@ def seen(workspace: Workspace, *names: str) -> str:
     if left:
         lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
     return "\n".join(lines)
+
+
+def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
+    """The sentence for a claim's answer here, bold, with our difference; empty without an answer.
+
+    ``claim`` is its id. A claim that also holds without training is as *open*: training is not
+    shown to be the reason.
+    """
+    chosen = CLAIMS[CLAIMS["id"] == claim]
+    (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
+    sentences = {YES: yes, UNTRAINED: still_open, OPEN: still_open, NO: no}
+    if row.here not in sentences:
+        return ""
+    interval = f"[{row.here_low:+.1f}, {row.here_high:+.1f}]"
+    return f"**{sentences[row.here]}**: {row.effect:+.1f} points {interval}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:

@@ -163,7 +163,7 @@ def told_by_light(brightness: dict[str, float | None]) -> list[str]:
 
 
 def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
-    """What training changed, from a ``table``: sentences, and the means over categories by method.
+    """What training changed, from a ``table``: a list of sentences, and means by method.
 
     The means leave out the categories in ``light`` (``told_by_light``), if there are others.
     """
@@ -179,27 +179,22 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     ]
     planes = ["plane: real against patch", "plane: real against scar"]
     apart = {m: " and ".join(f"{v:.0f}" for v in means.loc[m, planes]) for m in means.index}
-    text = "After training, a plane tells real anomalies from patches and scars with AUROC "
-    text += f"{apart[after]}"
-    text += f" (before: {apart[before]}"
-    text += f"; ImageNet features: {apart['pretrained']})" if "pretrained" in apart else ")"
-    text += f". Training {', and '.join(said)}. " if said else ". Training changes no mean. "
+    text = f"- *Told apart?* A plane tells real anomalies from patches and scars: {apart[after]}"
+    text += f" (before training: {apart[before]}"
+    text += f"; ImageNet features: {apart['pretrained']})." if "pretrained" in apart else ")."
+    text += f"\n- *Training* {', and '.join(said)}." if said else "\n- Training changes no mean."
     if rise.idxmax() in ("Gaussian: patch", "Gaussian: scar"):
-        text += "Patches and scars were in its training. "
+        text += " (Patches and scars were in its training.)"
     if "pretrained" in means.index:
         near = [c for c in means if means.loc["pretrained", c] >= means.loc[after, c] - MORE]
-        if {*planes} <= {*near}:
-            text += "So real and pasted anomalies can be told apart, as the paper says; without "
-            text += "training on CutPaste, ImageNet features do it as well. "
-        text += f"ImageNet features, which never saw CutPaste, are at most {MORE} points below "
+        text += f"\n- *Without CutPaste*: ImageNet features are at most {MORE} points below "
         text += f"CutPaste-3way, or above it, in {len(near)} of {means.shape[1]} columns. There a "
-        text += "high number is no evidence for CutPaste. "
+        text += "high number is no evidence for CutPaste."
     every = numbers.xs(before, level="method").mean()
     if (every[planes] > HALFWAY).all() and (every.filter(like="Gaussian") > 50).all():
-        text += "The network before training is beyond the limits of both claims below, too: "
-        text += "they do not show what training adds. "
+        text += "\n- *The limits of the two claims below* are passed before training, too. So the "
+        text += "claims do not show what training adds."
     if light:
-        text += f"The means are without {' and '.join(light)}: there brightness alone separates "
-        text += "normal from anomalous test images (notebook 03), and a plane needs only the light."
-        text += " The claims below are about all categories."
-    return text.strip(), means
+        text += f"\n- *Means* are without {' and '.join(light)}, where brightness alone tells "
+        text += "normal from anomalous test images (notebook 03). The claims below include it."
+    return text, means
