@@ -400,7 +400,9 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             among += f"; open because {NAMES[first]} minus {NAMES[second]} could be "
             among += f"{row.lowest_end:+.1f}"
         if pd.notna(row.turned_to):
-            among += f"; {row.turned_to:+.1f} without {row.turned_by}"
+            level = SEPARATION.get(row.weakest.partition(" over ")[2])
+            rest = f"{level + row.turned_to:.1f}" if level else f"{row.turned_to:+.1f}"
+            among += f"; {rest} without {row.turned_by}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
