@@ -404,7 +404,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             rest = f"{level + row.turned_to:.1f}" if level else f"{row.turned_to:+.1f}"
             among += f"; {rest} without {row.turned_by}"
         of = row.weakest if row.comparisons > 1 else ""
-        interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
+        interval = f" [{row.here_low:+z.1f}, {row.here_high:+z.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
         rows[row.claim] = {
             "here": f"**{row.here.capitalize()}**{_side(row)}",
@@ -436,7 +436,7 @@ def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> s
     first, _, second = of.partition(" over ")
     if level := SEPARATION.get(second):
         return f"{_separates(first)} with AUROC {level + effect:.1f} (limit: {level:g})"
-    text = f"{effect:+.1f}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
+    text = f"{effect:+z.1f}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
     return text + (f" ({NAMES[first]} minus {NAMES[second]})" if of else "")
 
 
@@ -477,18 +477,20 @@ def seen(workspace: Workspace, *names: str) -> str:
 
 
 def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
-    """The sentence for a claim's answer here, bold, with our difference; empty without an answer.
+    """The sentence for a claim's answer here, bold, with our difference and the paper's.
 
     ``claim`` is its id. A claim that also holds without training is as *open*: training is not
-    shown to be the reason.
+    shown to be the reason. So is one with one seed. Empty where nothing was measured.
     """
     chosen = CLAIMS[CLAIMS["id"] == claim]
     (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
-    sentences = {YES: yes, UNTRAINED: still_open, OPEN: still_open, NO: no}
-    if row.here not in sentences:
+    if row.here == NOT_MEASURED:
         return ""
-    interval = f"[{row.here_low:+.1f}, {row.here_high:+.1f}]"
-    return f"**{sentences[row.here]}**: {row.effect:+.1f} points {interval}."
+    interval = f" [{row.here_low:+z.1f}, {row.here_high:+z.1f}]"
+    interval = " (one seed)" if row.here == ONE_SEED else interval
+    paper = f" (the paper: {row.paper_effect:+z.1f})" if pd.notna(row.paper_effect) else ""
+    sentence = {YES: yes, NO: no}.get(row.here, still_open)
+    return f"**{sentence}**: {row.effect:+z.1f} points{interval}{paper}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:

@@ -178,11 +178,16 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         if (word == "raises") == (rise[column] > 0) and rise[column]
     ]
     planes = ["plane: real against patch", "plane: real against scar"]
-    apart = {m: " and ".join(f"{v:.0f}" for v in means.loc[m, planes]) for m in means.index}
-    text = f"- *Told apart?* A plane tells real anomalies from patches and scars: {apart[after]}"
-    text += f" (before training: {apart[before]}"
-    text += f"; ImageNet features: {apart['pretrained']})." if "pretrained" in apart else ")."
-    text += f"\n- *Training* {', and '.join(said)}." if said else "\n- Training changes no mean."
+    text = ""
+    for words, columns in {
+        "**Real anomalies**: the Gaussian has an AUROC of": ["Gaussian: real"],
+        "*Told apart?* A plane tells real anomalies from patches and scars with": planes,
+    }.items():
+        level = {m: " and ".join(f"{v:.0f}" for v in means.loc[m, columns]) for m in means.index}
+        text += f"- {words} {level[after]} (before training: {level[before]}"
+        text += f"; ImageNet features: {level['pretrained']})" if "pretrained" in level else ")"
+        text += ".\n"
+    text += f"- *Training* {', and '.join(said)}." if said else "- Training changes no mean."
     if rise.idxmax() in ("Gaussian: patch", "Gaussian: scar"):
         text += " (Patches and scars were in its training.)"
     if "pretrained" in means.index:
