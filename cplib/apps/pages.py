@@ -38,11 +38,13 @@ OTHERS = {  # further tables of a notebook
 STYLE = """<style>
 body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
 .jp-RenderedHTMLCommon { overflow-x: auto; }
+.jp-RenderedHTMLCommon :is(pre, details) { margin: .6em 0 1em; overflow-x: auto; }
+.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }
 tr > :first-child { position: sticky; left: 0; background: white; }
 img { max-width: 100%; height: auto; }
 @media (max-width: 40rem) {
   .jp-OutputArea-output { overflow-x: auto; }
-  img:not(.math) { max-width: none; width: 44rem; }
+  img:not(.math) { max-width: 44rem; }
 }
 img.math { height: 2.2em; }
 @media (prefers-color-scheme: dark) {

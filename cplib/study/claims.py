@@ -404,7 +404,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             rest = f"{level + row.turned_to:.1f}" if level else f"{row.turned_to:+.1f}"
             among += f"; {rest} without {row.turned_by}"
         of = row.weakest if row.comparisons > 1 else ""
-        interval = f" [{row.here_low:+z.1f}, {row.here_high:+z.1f}]" * pd.notna(row.here_low)
+        interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
         rows[row.claim] = {
             "here": f"**{row.here.capitalize()}**{_side(row)}",
@@ -436,8 +436,13 @@ def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> s
     first, _, second = of.partition(" over ")
     if level := SEPARATION.get(second):
         return f"{_separates(first)} with AUROC {level + effect:.1f} (limit: {level:g})"
-    text = f"{effect:+z.1f}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
+    text = f"{signed(effect)}{spread}" + ("" if pd.isna(margin) else f", margin {margin:+.1f}")
     return text + (f" ({NAMES[first]} minus {NAMES[second]})" if of else "")
+
+
+def signed(points: float) -> str:
+    """A difference with its sign; one that rounds to zero has none."""
+    return "0.0" if abs(points) < TIE else f"{points:+.1f}"
 
 
 def _separates(pair: str) -> str:
@@ -454,8 +459,11 @@ def seen(workspace: Workspace, *names: str) -> str:
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     left = int((table["here"] == NOT_MEASURED).sum())
     table = table[table["here"] != NOT_MEASURED]
-    text = "Claims of the paper, judged on the categories measured here (notebook 11 says how). "
-    text += "Differences are in points of AUROC, with a 95 % interval from the seeds in brackets."
+    text = "Claims of the paper and comparisons of ours, judged on the categories measured here "
+    text += "(notebook 11 says how). "
+    text += "Differences are in points of AUROC"
+    intervals = table["here_low"].notna().any()
+    text += ", with a 95 % interval from the seeds in brackets." if intervals else "."
     if workspace.profile.dataset == "demo":
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
@@ -486,11 +494,11 @@ def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: st
     (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
     if row.here == NOT_MEASURED:
         return ""
-    interval = f" [{row.here_low:+z.1f}, {row.here_high:+z.1f}]"
+    interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]"
     interval = " (one seed)" if row.here == ONE_SEED else interval
-    paper = f" (the paper: {row.paper_effect:+z.1f})" if pd.notna(row.paper_effect) else ""
+    paper = f" (the paper: {signed(row.paper_effect)})" if pd.notna(row.paper_effect) else ""
     sentence = {YES: yes, NO: no}.get(row.here, still_open)
-    return f"**{sentence}**: {row.effect:+z.1f} points{interval}{paper}."
+    return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:

@@ -131,7 +131,7 @@ def separability(a: np.ndarray, b: np.ndarray, folds: int) -> float:
 
 
 def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
-    """AUROC between groups, percent: a row for each (category, method), in whole numbers.
+    """AUROC between groups, percent: a row for each (category, method).
 
     The Gaussian's, of real anomalies and of pasted copies against normal images; then a plane's, of
     real anomalies against normal images and against pasted copies (``separability``).
@@ -149,7 +149,7 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
             "plane: real against scar": plane["anomaly cutpaste_scar"],
         }
     index = pd.MultiIndex.from_tuples(rows, names=["category", "method"])
-    return pd.DataFrame(rows.values(), index).astype(float).round().astype("Int64")
+    return pd.DataFrame(rows.values(), index).astype(float)
 
 
 def told_by_light(brightness: dict[str, float | None]) -> list[str]:
@@ -169,7 +169,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     """
     light = [category for category in numbers.index.unique("category") if category in light]
     light = light if len(light) < len(numbers.index.unique("category")) else []
-    means = numbers.drop(light, level="category").groupby("method", sort=False).mean().round()
+    means = numbers.drop(light, level="category").groupby("method", sort=False).mean()
     rise = means.loc[after] - means.loc[before]
     said = [
         f"{word} *{column}* most, from {means.loc[before, column]:.0f} to"
