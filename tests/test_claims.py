@@ -193,6 +193,19 @@ def test_the_comparison_that_leaves_an_order_open_is_named():
     assert f"open because CutPaste-3way minus CutPaste-scar could be {row.lowest_end:+.1f}" in text
 
 
+def test_a_headline_is_the_sentence_for_the_answer(monkeypatch):
+    words = {"yes": "more", "still_open": "not shown", "no": "less"}
+    for ours, seeds, start in ((85, 3, "**more**: +"), (70, 3, "**less**: -"), (85, 1, "**not")):
+        frame = made_up(ORDER | {METHOD: ours}, noise=0.1)
+        frame = frame[frame["seed"] < seeds]
+        monkeypatch.setattr(claims, "measured", lambda *_, frame=frame: {T1: frame})
+        text = claims.headline(None, "3way-over-cutpaste", **words)
+        assert text.startswith(start) and ("(one seed)" in text) == (seeds == 1)
+        assert "(the paper: +" in text
+    monkeypatch.setattr(claims, "measured", lambda *_: {})
+    assert claims.headline(None, "3way-over-cutpaste", **words) == ""
+
+
 def test_a_category_that_alone_makes_an_answer_is_named():
     frame = made_up(ORDER | {METHOD: 85}, noise=0.1)
     some = CLAIMS[CLAIMS["id"] == "3way-over-cutpaste"]
