@@ -52,6 +52,7 @@ def test_values_are_multiples_of_the_protocols_own_where_they_are_relative():
     assert first["updates", "1.5"] == {"updates": 1.5 * own.updates}
     assert first["learning_rate", "0.333"] == {"learning_rate": pytest.approx(0.01)}
     assert first["learning_rate", "3.33"] == {"learning_rate": 0.1}
+    assert changes(QUICK, STUDIES[0])["learning_rate", "0.1"] == {"learning_rate": 0.0001}
     assert second["patch_jitter", "0.3"] == {"patch_jitter": 0.3}
     assert second["max_area", "0.2"] == {"area": (0.02, 0.2)}
 
@@ -148,6 +149,7 @@ def test_tables_7_and_8_have_setting_and_value_and_the_papers_averages(quick, na
     assert list(tidy) == list(pd.read_csv(file)) == [*ROW, *CONTRACT]
     rows = {row.cell for row in rows_of(QUICK, name)}
     theirs = published(name).set_index([*ROW, "category"])["published_mean"]
+    assert {cell[:3] for cell in theirs.index} == {row.cell for row in rows_of(PAPER, name)}
     theirs = theirs[[cell[:3] in rows for cell in theirs.index]]
     kept = tidy.dropna(subset="published_mean").set_index([*ROW, "category"])
     assert kept["published_mean"].to_dict() == theirs.to_dict()
