@@ -206,18 +206,19 @@ def test_a_headline_is_the_sentence_for_the_answer(monkeypatch):
     assert claims.headline(None, "3way-over-cutpaste", **words) == ""
 
 
-def test_a_category_that_alone_makes_an_answer_is_named():
+def test_a_category_without_which_the_answer_is_another_is_named():
     frame = made_up(ORDER | {METHOD: 85}, noise=0.1)
     some = CLAIMS[CLAIMS["id"] == "3way-over-cutpaste"]
     (row,) = verdicts({T1: frame}, some).itertuples()
-    assert row.here == "yes" and pd.isna(row.turned_to)
+    assert (row.here, row.rests_on) == ("yes", "")
     ours, places = frame["method"] == METHOD, list(frame["category"].unique())
     frame.loc[ours, "image_auroc"] -= row.effect + 1  # below in every category, by a point
     frame.loc[ours & (frame["category"] == places[1]), "image_auroc"] += 10
     table = verdicts({T1: frame}, some)
     (row,) = table.itertuples()
-    assert (row.here, row.turned_by) == ("yes", places[1]) and row.turned_to < 0 < row.effect
-    assert f"; {row.turned_to:+.1f} without {places[1]}" in claims.readable(table)[0]["ours"].item()
+    assert (row.here, row.rests_on) == ("yes", places[1])
+    text = claims.readable(table)[0]["ours"].item()
+    assert text.endswith(f"; another answer without {places[1]}")
 
 
 def test_an_order_measured_in_part_cannot_hold_but_can_fail():
@@ -253,7 +254,7 @@ def test_table_6_is_compared_over_the_categories_that_were_painted_on():
     [
         (-1, 3, "yes"),
         (0.5, 3, "yes"),  # and training adds something
-        (0.97, 3, "yes, but without training, too"),
+        (0.97, 3, "yes, but a baseline, too"),
         (0.97, 1, "one seed"),
     ],
 )
@@ -448,7 +449,7 @@ def some():
 def test_the_readable_tables_have_a_row_a_claim_by_answer_and_say_the_effect(some):
     grid, more = claims.readable(some)
     shown = some.loc[some["here"] != claims.NOT_MEASURED, "claim"]
-    assert sorted(grid.index) == sorted(shown) and list(more.index) == list(grid.index)
+    assert sorted(grid.index) == sorted(shown) and {*more.index} < {*grid.index}
     answers = [f"**{word.capitalize()}**" for word in claims.ANSWERS[:-1]]
     assert list(grid["here"].str.partition(" (")[0].unique()) == answers
     assert [*ANSWER_MARKS] == [*claims.ANSWERS]  # of the figure
@@ -478,6 +479,9 @@ def test_the_value_of_a_single_seed_speaks_for_a_side_unless_it_is_near_the_limi
     for margin in (0.0, -2.0):
         grid, _ = claims.readable(row.assign(effect=effect + margin, margin=margin))
         assert grid["here"].tolist() == [f"**One seed** (our value {words})"]
+        grid, _ = claims.readable(row.assign(effect=effect + margin, margin=margin, comparisons=2))
+        missing = words if words == "speaks against it" else ""  # one comparison is enough for a no
+        assert missing in grid["here"].item() and bool(missing) == ("(" in grid["here"].item())
 
 
 def test_what_separates_groups_of_images_is_said_in_words():
@@ -539,4 +543,5 @@ def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):
     text = path.with_suffix(".md").read_text()
     assert text.startswith("Profile quick. ")
     assert text.count("\n| ") == 3  # the counts alone: head, rule, one answer
-    assert claims.seen(workspace, T1).endswith("\n- **Not measured**: 8 claims about this table.")
+    text = claims.seen(workspace, T1)
+    assert text.endswith("\n- **Not measured**: 8 claims about this table.\n\n</details>\n")

@@ -10,7 +10,7 @@ import pytest
 
 from cplib.apps.workspace import ROOT
 
-OWN = "own-above,Own detects more.,here,table5_binary_vs_3way,image_auroc,own > cutpaste,,,,\n"
+OWN = "own-above,Own detects better.,here,table5_binary_vs_3way,image_auroc,own > cutpaste,,,,\n"
 RECIPES = [  # file, what stands there, what is written before it
     ("cplib/augment.py", '"rotation": {f"', '"own": {"normal": normal, "pasted": cutpaste},\n    '),
     ("cplib/study/tables.py", '"cutpaste", "cutpaste_scar", "cutpaste_union"', '"own", '),
@@ -31,7 +31,7 @@ from cplib.study.tables import measure
 workspace = open_workspace("own", sys.argv[1], "sieve")
 for name in ("table5_binary_vs_3way", "mine"):
     print(wide(compare(workspace, name, measure(workspace, name))).to_string())
-print(readable(verdicts(measured(workspace)))[0].loc["Own detects more."].to_string())
+print(readable(verdicts(measured(workspace)))[0].loc["Own detects better."].to_string())
 """
 
 

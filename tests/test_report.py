@@ -228,14 +228,14 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     assert grid.loc["CutPaste-3way", "bottle"] == said
     assert grid.loc["random network", "bottle"] == f"{runs['image_auroc'].iloc[0]:.1f}"
     assert "screw" not in grid  # not measured
-    assert grid.loc["random network", "average all"] == ""
+    assert grid.loc["random network", "mean of all"] == ""
     averages = published(T7).assign(mean=None, stderr=None)
     tile = averages.iloc[:1].assign(category="tile", mean=97.0, published_mean=None)
     rows = wide(pd.concat([averages, tile]))
     assert rows.index[1] == "learning rate × 1"
-    assert [*rows] == ["tile", "average texture", "average object", "average all"]
+    assert [*rows] == ["tile", "mean of textures", "mean of objects", "mean of all"]
     lines = markdown(grid).splitlines()
-    assert lines[0] == "| image AUROC, % | bottle | average all |"
+    assert lines[0] == "| image AUROC, % | bottle | mean of all |"
     assert {line.count("|") for line in lines} == {4}
 
 
@@ -258,4 +258,4 @@ def test_any_data_set_has_an_average_of_its_categories(categories):
     average = "average_measured" if categories[1] == "cable" else "average_all"
     expected = runs[runs["method"] == "cutpaste"]["image_auroc"].mean()
     assert cell(table, "cutpaste", average)["mean"] == pytest.approx(expected)
-    assert list(wide(table))[-1].startswith("average")
+    assert list(wide(table))[-1].startswith("mean of ")

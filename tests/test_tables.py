@@ -344,6 +344,6 @@ def test_a_tables_result_orders_its_rows_and_names_the_weak_category_and_the_pap
     for category, auroc in (("tile", 70.0), ("pill", 90.0)):
         record(quick.results, QUICK.run("untrained", category), auroc)
     *_, trained, _, _, _ = result(compare(quick, name, values(quick, name)), name).split("\n")
-    gaps = "pill +0.0, tile -10.0 points; the mean is -5.0."
+    gaps = "pill 0.0, tile -10.0 points; the mean is -5.0."
     assert trained == f"- CutPaste-3way minus a random network: {gaps}"
     assert result(found[:0], name) == "Nothing is measured yet."

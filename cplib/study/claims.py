@@ -30,13 +30,13 @@ from cplib.datasets import DATASETS, MVTEC
 from cplib.run import BASELINES
 from cplib.study.features import HALFWAY
 from cplib.study.paper import PRINTED, groups, published
-from cplib.study.report import markdown, save_markdown, write_csv
+from cplib.study.report import TIE, folded, markdown, save_markdown, signed, write_csv
 from cplib.study.tables import ALL, NAMES, values
 from cplib.study.workspace import Workspace
 
 CLAIMS = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False)
 OURS = "Not in the paper"  # the source of our own questions
-YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, but without training, too"
+YES, NO, OPEN, UNTRAINED = "yes", "no", "open", "yes, but a baseline, too"
 ONE_SEED, NOT_MEASURED = "one seed", "not measured"
 AGREES, SMALLER, LARGER, OPPOSITE, NOT_PRINTED = "agrees", "smaller", "larger", "opposite", ""
 ANSWERS = (YES, UNTRAINED, NO, OPEN, ONE_SEED, NOT_MEASURED)  # in the order they are shown
@@ -45,7 +45,6 @@ MARGIN = (
     "Some claims allow a loss: with margin -1.0, a claim holds if the difference is above -1.0."
 )
 AGREE = 2.0  # points
-TIE = 0.05  # points: the paper prints one digit, so a difference of its numbers below it is none
 NEAR = 1.0  # points: the value of a single seed that is nearer to the limit speaks for no side
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
@@ -66,8 +65,8 @@ COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
 COLUMNS += ["lowest", "lowest_end"]  # of an open claim: another comparison that leaves it open
-COLUMNS += ["turned_by", "turned_to"]  # of a decided one: the category that makes the answer
-WORDS = ["here", "ours", "the paper", "without training", "like the paper", "elsewhere", "where"]
+COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
+WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
 Pair = tuple[str, str]
@@ -142,9 +141,9 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
     ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere, ``low`` to
     ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how many
-    categories would decide the claim there. ``turned_by`` is a category without which the mean
-    difference is on the other side of its limit: ``turned_to``. ``paper_effect`` is the paper's, of
-    the same pair and categories. ``null_effect`` is the difference without training.
+    categories would decide the claim there. ``rests_on`` names the categories without which
+    a yes or no here would be another answer. ``paper_effect`` is the paper's, of the same pair and
+    categories. ``null_effect`` is the difference of a baseline.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
@@ -185,13 +184,12 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["here"] == OPEN and row["here_low"] > bound:
         lowest = min(found, key=lambda p: found[p].here()[0])
         row |= {"lowest": " over ".join(lowest), "lowest_end": found[lowest].here()[0]}
-    gaps = found[pair].gaps
-    without = pd.Series([gaps.drop(c).mean() for c in gaps.index], gaps.index)  # each left out
-    turned = (without - bound)[(without > bound) != (gaps.mean() > bound)].dropna()
-    if row["here"] in (YES, NO) and len(turned):
-        row |= {"turned_by": turned.abs().idxmax(), "turned_to": without[turned.abs().idxmax()]}
     row["categories"] = min(len(e.gaps) for e in found.values())
-    row["place"] = gaps.index[0] if row["categories"] == 1 else ""
+    row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
+    if row["here"] in (YES, NO) and row["categories"] > 1:
+        judged = (pairs, rows, along, bound, complete)
+        others = [c for c in places if _without(c, *judged) != row["here"]]
+        row["rests_on"] = " or ".join(others)
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
     row["paper"] = NOT_PRINTED
     if papers[pair]:
@@ -308,6 +306,12 @@ def _answer(found: Found, limits: Callable, bound: float, complete: bool) -> tup
     return (answer, low, high) if np.isfinite([low, high]).all() else (answer, math.nan, math.nan)
 
 
+def _without(category: str, pairs: list[Pair], rows: Rows, either: bool, *judged) -> str:
+    """The answer here if one category were left out."""
+    rows = {k: row.drop(category, level="category", errors="ignore") for k, row in rows.items()}
+    return _answer(_differences(pairs, rows, either), Estimate.here, *judged)[0]
+
+
 def _with_null(row: dict, claim, rows: Rows, bound: float) -> dict:
     """The row with the better baseline in the trained network's place, and what that changes."""
     nulls = []
@@ -372,13 +376,15 @@ def readable(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The measured claims as a person reads them: two tables, a row a claim, by the answer here.
 
     The first has the answers here and elsewhere, our difference, and the paper's with its place;
-    the second has the difference without training and whether ours is like the paper's.
+    the second has a baseline's difference and whether ours is like the paper's, where there is
+    either.
     """
     grid = _words(table[table["here"] != NOT_MEASURED])
     numbers = grid["the paper"].where(grid["the paper"] == "", grid["the paper"] + "; ")
     places = grid["where"].replace(OURS, OURS.lower())
     answers = grid[["here", "elsewhere", "ours"]].assign(**{"the paper": numbers + places})
-    return answers, grid[["without training", "like the paper"]]
+    more = grid[["baseline", "like the paper"]]
+    return answers, more[(more != "").any(axis=1)]
 
 
 def _words(table: pd.DataFrame) -> pd.DataFrame:
@@ -399,10 +405,8 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             first, _, second = row.lowest.partition(" over ")
             among += f"; open because {NAMES[first]} minus {NAMES[second]} could be "
             among += f"{row.lowest_end:+.1f}"
-        if pd.notna(row.turned_to):
-            level = SEPARATION.get(row.weakest.partition(" over ")[2])
-            rest = f"{level + row.turned_to:.1f}" if level else f"{row.turned_to:+.1f}"
-            among += f"; {rest} without {row.turned_by}"
+        if row.rests_on and pd.notna(row.rests_on):
+            among += f"; another answer without {row.rests_on}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
@@ -410,7 +414,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
             "here": f"**{row.here.capitalize()}**{_side(row)}",
             "ours": _points(row.effect, interval, row.margin, of) + among,
             "the paper": _points(row.paper_effect, error),
-            "without training": _points(row.null_effect, of=row.null),
+            "baseline": _points(row.null_effect, of=row.null),
             "like the paper": row.paper,
             "elsewhere": row.elsewhere + more,
             "where": row.source,
@@ -420,13 +424,16 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _side(row) -> str:
-    """For which side the value of a single seed speaks, where every comparison was measured."""
-    if row.here != ONE_SEED or row.compared < row.comparisons:
-        return ""
+    """For which side the value of a single seed speaks: if comparisons are missing, not for it."""
     beyond = row.effect - np.nan_to_num(row.margin)
+    if row.here != ONE_SEED or (row.compared < row.comparisons and beyond > -NEAR):
+        return ""
     if abs(beyond) < NEAR:
         return f" (our value is within {NEAR:g} point of the limit)"
-    return f" (our value speaks {'for' if beyond > 0 else 'against'} it)"
+    if beyond < 0:
+        return " (our value speaks against it)"
+    also = ", and so does a baseline's" if row.null_effect > np.nan_to_num(row.margin) else ""
+    return f" (our value speaks for it{also})"
 
 
 def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> str:
@@ -440,11 +447,6 @@ def _points(effect: float, spread: str = "", margin=math.nan, of: str = "") -> s
     return text + (f" ({NAMES[first]} minus {NAMES[second]})" if of else "")
 
 
-def signed(points: float) -> str:
-    """A difference with its sign; one that rounds to zero has none."""
-    return "0.0" if abs(points) < TIE else f"{points:+.1f}"
-
-
 def _separates(pair: str) -> str:
     """What tells two groups of images apart (Fig. 3): the Gaussian, or a plane in the features."""
     *network, a, b = pair.split("/")
@@ -455,7 +457,7 @@ def _separates(pair: str) -> str:
 
 
 def seen(workspace: Workspace, *names: str) -> str:
-    """What was seen of the claims about these tables, as Markdown: the answer here first."""
+    """What was seen of the claims about these tables, folded Markdown: the answer here first."""
     table = verdicts(measured(workspace, names), CLAIMS[CLAIMS["table"].isin(names)])
     left = int((table["here"] == NOT_MEASURED).sum())
     table = table[table["here"] != NOT_MEASURED]
@@ -470,18 +472,18 @@ def seen(workspace: Workspace, *names: str) -> str:
     if (table["compared"] > 1).any():
         text += " *The smallest of n*: the claim makes n comparisons, and the weakest is shown."
     if table["null_effect"].notna().any():
-        text += " *Without training*: the same comparison with a random or an ImageNet network."
+        text += " *A baseline*: the same comparison with a random network or ImageNet features."
     if table["margin"].notna().any():
         text += f" {MARGIN}"
     lines = [text, ""]
     for claim, row in _words(table).iterrows():
         said = [f"Ours: {row['ours']}."]
         said += [f"The paper: {row['the paper']}."] * bool(row["the paper"])
-        said += [f"Without training: {row['without training']}."] * bool(row["without training"])
+        said += [f"A baseline: {row['baseline']}."] * bool(row["baseline"])
         lines.append(f"- {row['here']}: {claim} {' '.join(said)}")
     if left:
         lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
-    return "\n".join(lines)
+    return folded("The claims about this table, one by one", "\n".join(lines))
 
 
 def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
@@ -510,9 +512,9 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
         "Differences are in points of AUROC: ours with a 95 % interval from the seeds, the paper's "
         "± one standard error, on the same categories. If a claim has several comparisons, the "
         f"smallest is shown. {MARGIN} Where the paper prints no number for these categories, its "
-        "place stands alone.\n\nThe second table has, for the same claims: without training, the "
-        "same difference with a random or an ImageNet network in place of the trained one, the "
-        "better of the two; like the paper, whether the two differences agree within "
+        "place stands alone.\n\nThe second table has, for the same claims: baseline, the same "
+        "difference with a random network or ImageNet features in place of the trained network, "
+        "the better of the two; like the paper, whether the two differences agree within "
         f"{AGREE:g} points."
     )
     path = save_markdown(workspace.results, "claims", note, [*readable(table)])

@@ -25,7 +25,7 @@ GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
 LIGHT = 10.0  # AUROC of brightness, percent: below it, or above the rest to 100, it is enough alone
 HALFWAY = 75.0  # AUROC, percent: the claims' limit of two groups that hardly overlap
-MORE = 5  # points of AUROC: what differs less counts as nearly the same
+MORE = 5  # points of AUROC: what differs by no more counts as about the same
 
 
 def features(
@@ -163,38 +163,27 @@ def told_by_light(brightness: dict[str, float | None]) -> list[str]:
 
 
 def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
-    """What training changed, from a ``table``: a list of sentences, and means by method.
+    """What training changed, from a ``table``: sentences in Markdown, and means by method.
 
     The means leave out the categories in ``light`` (``told_by_light``), if there are others.
     """
     light = [category for category in numbers.index.unique("category") if category in light]
     light = light if len(light) < len(numbers.index.unique("category")) else []
     means = numbers.drop(light, level="category").groupby("method", sort=False).mean()
-    rise = means.loc[after] - means.loc[before]
-    said = [
-        f"{word} *{column}* most, from {means.loc[before, column]:.0f} to"
-        f" {means.loc[after, column]:.0f}"
-        for word, column in (("raises", rise.idxmax()), ("lowers", rise.idxmin()))
-        if (word == "raises") == (rise[column] > 0) and rise[column]
-    ]
     planes = ["plane: real against patch", "plane: real against scar"]
-    text = ""
-    for words, columns in {
-        "**Real anomalies**: the Gaussian has an AUROC of": ["Gaussian: real"],
-        "*Told apart?* A plane tells real anomalies from patches and scars with": planes,
-    }.items():
-        level = {m: " and ".join(f"{v:.0f}" for v in means.loc[m, columns]) for m in means.index}
-        text += f"- {words} {level[after]} (before training: {level[before]}"
-        text += f"; ImageNet features: {level['pretrained']})" if "pretrained" in level else ")"
-        text += ".\n"
-    text += f"- *Training* {', and '.join(said)}." if said else "- Training changes no mean."
-    if rise.idxmax() in ("Gaussian: patch", "Gaussian: scar"):
-        text += " (Patches and scars were in its training.)"
-    if "pretrained" in means.index:
-        near = [c for c in means if means.loc["pretrained", c] >= means.loc[after, c] - MORE]
-        text += f"\n- *Without CutPaste*: ImageNet features are at most {MORE} points below "
-        text += f"CutPaste-3way, or above it, in {len(near)} of {means.shape[1]} columns. There a "
-        text += "high number is no evidence for CutPaste."
+    text = "- **Are real anomalies apart from normal images?** The Gaussian's AUROC is "
+    text += _beside(means[["Gaussian: real"]], before, after)
+    text += (
+        "\n- **Do they differ from pasted ones?** AUROC of a plane between them and patches, and "
+    )
+    text += f"of one between them and scars: {_beside(means[planes], before, after)}"
+    text += f" (*About as high*: the difference is at most {MORE} points.)"
+    rise = means.loc[after] - means.loc[before]
+    most = rise.idxmax()
+    if rise[most] > 0:
+        levels = f"from {means.loc[before, most]:.0f} to {means.loc[after, most]:.0f}"
+        text += f"\n- *Training* raises *{most}* most, {levels}."
+        text += " (Patches and scars were in its training.)" * most.endswith(("patch", "scar"))
     every = numbers.xs(before, level="method").mean()
     if (every[planes] > HALFWAY).all() and (every.filter(like="Gaussian") > 50).all():
         text += "\n- *The limits of the two claims below* are passed before training, too. So the "
@@ -203,3 +192,14 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         text += f"\n- *Means* are without {' and '.join(light)}, where brightness alone tells "
         text += "normal from anomalous test images (notebook 03). The claims below include it."
     return text, means
+
+
+def _beside(means: pd.DataFrame, before: str, after: str) -> str:
+    """The means after training, and whether they are higher than before it and than ImageNet's."""
+    words, said = {"pretrained": "with ImageNet features"} | {before: "before training"}, []
+    level = {method: " and ".join(f"{v:.0f}" for v in row) for method, row in means.T.items()}
+    for method in [name for name in words if name in level]:
+        gap = (means.loc[after] - means.loc[method]).mean()
+        than = "higher than" if gap > MORE else "lower than" if gap < -MORE else "about as high as"
+        said.append(f"{than} {words[method]} ({level[method]})")
+    return f"{level[after]}, {', '.join(said)}."

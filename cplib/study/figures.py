@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cplib.augment import METHODS, example_batch
 from cplib.datasets import DEMO, MVTEC, atomic
-from cplib.study.claims import OURS
+from cplib.study.claims import IMAGES, OURS
 from cplib.study.tables import NAMES
 
 # Seaborn's colour-blind palette without what cannot be read on white, and without its grey.
@@ -127,13 +127,13 @@ GROUP_MARKS = {
 def scatter(ax: Axes, groups: dict[str, list]) -> None:
     """Groups of points [[x, ...], [y, ...]] as Fig. 3 marks them, named, without ticks."""
     for group, points in groups.items():
-        ax.scatter(*points, **GROUP_MARKS[group], label=NAMES.get(group, group), linewidth=1.2)
+        ax.scatter(*points, **GROUP_MARKS[group], label=IMAGES[group], linewidth=1.2)
     ax.set(xticks=[], yticks=[])
 
 
 ANSWER_MARKS = {  # of a claim's answer here, in the order in which they are shown
     "yes": {"marker": "o", "color": "C2", "ms": 8},
-    "yes, but without training, too": {"marker": "P", "color": "C0", "ms": 8},
+    "yes, but a baseline, too": {"marker": "P", "color": "C0", "ms": 8},
     "no": {"marker": "X", "color": "C3", "ms": 8},
     "open": {"marker": "s", "color": "0.35", "ms": 7},
     "one seed": {"marker": "o", "color": "0.35", "ms": 5},

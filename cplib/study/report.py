@@ -35,6 +35,7 @@ METRIC_NAMES = {
     "aupro_05": "AUPRO up to 5 % of false positives",
 }
 COLUMNS = [*KEYS, "mean", "stderr", "seeds", *PUBLISHED]
+TIE = 0.05  # points: one digit is printed, so a difference below it is none
 
 
 def compare(workspace: Workspace, name: str, values: pd.DataFrame) -> pd.DataFrame:
@@ -237,6 +238,11 @@ def number(mean: float, stderr: float) -> str:
     return f"{mean:.1f}" if pd.isna(stderr) else f"{mean:.1f}±{stderr:.1f}"
 
 
+def signed(points: float) -> str:
+    """A difference with its sign; one that rounds to zero has none."""
+    return "0.0" if abs(points) < TIE else f"{points:+.1f}"
+
+
 def as_markdown(table: pd.DataFrame) -> str:
     """A table of ``compare``: how it was measured, then each metric as ``wide`` shows it."""
     grids = [wide(table, metric) for metric in table["metric"].unique()]
@@ -405,8 +411,8 @@ def _apart(gap: float, unit: str = "") -> str:
 def _gaps(gaps: pd.Series) -> str:
     """Differences by category, the highest first, and their mean."""
     gaps = gaps.sort_values(ascending=False)
-    text = ", ".join(f"{NAMES[category]} {gap:+.1f}" for category, gap in gaps.items())
-    return f"{text} points" + f"; the mean is {gaps.mean():+.1f}." * (len(gaps) > 1)
+    text = ", ".join(f"{NAMES[category]} {signed(gap)}" for category, gap in gaps.items())
+    return f"{text} points" + f"; the mean is {signed(gaps.mean())}." * (len(gaps) > 1)
 
 
 def _ordered(rows: pd.DataFrame, setting: str) -> str:

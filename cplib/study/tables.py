@@ -372,7 +372,10 @@ NAMES = Names(
         "cutpaste_3way": "CutPaste-3way",
         "anomaly": "real anomaly",  # of Figure 3
         "one": "one Gaussian",  # of footnote 1
-        "average_measured": "average of the measured",
+        "average_texture": "mean of textures",
+        "average_object": "mean of objects",
+        "average_all": "mean of all",
+        "average_measured": "mean of the measured",
     }
 )
 NAMES |= {f"{s}_{fill}": f"{s} ({words})" for s in SHAPES for fill, words in FILLS.items()}
