@@ -483,7 +483,7 @@ def seen(workspace: Workspace, *names: str) -> str:
         lines.append(f"- {row['here']}: {claim} {' '.join(said)}")
     if left:
         lines.append(f"- **Not measured**: {left} claim{'s' * (left > 1)} about this table.")
-    return folded("The claims about this table, one by one", "\n".join(lines))
+    return folded("Each claim, with its answer", "\n".join(lines))
 
 
 def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
