@@ -206,7 +206,7 @@ def test_candidates_are_compared_on_anomalies_made_on_held_out_images(
     made = module.made_anomalies(runs["places"], pixels[0][held], side=(0.2, 0.3), opacity=0.5)
     scores = {kind: scorer.score(part) for kind, part in made.items()}
     kinds = [*made][1:]
-    assert kinds == ["CutPaste", "CutPaste-scar", "square (one colour)", "heart (natural image)"]
+    assert kinds == ["pasted piece", "pasted scar", "square (one colour)", "heart (natural image)"]
     for kind in kinds:
         assert table.loc["places", kind] == auroc_between(scores["normal"], scores[kind])
         changed = (made[kind] != made["normal"]).any(1).flatten(1).float().mean(1)

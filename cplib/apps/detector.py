@@ -327,7 +327,7 @@ def made_anomalies(
     ``side`` and ``opacity`` are those of the painted shapes.
     """
     patch, scar = pasted_copies(normal, augmentation_kwargs(run))
-    made = {"normal": normal, "CutPaste": patch, "CutPaste-scar": scar}
+    made = {"normal": normal, "pasted piece": patch, "pasted scar": scar}
     for shape, fill in PAINTED:
         painted, _ = paint(normal, shape, fill, least=1, side=side)
         mixed = normal + opacity * (painted.float() - normal)

@@ -64,7 +64,6 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
-COLUMNS += ["lowest", "lowest_end"]  # of an open claim: another comparison that leaves it open
 COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
 WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
@@ -136,8 +135,9 @@ def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
 def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> pd.DataFrame:
     """A row a claim (COLUMNS): its three answers, and what is behind them, in points.
 
-    ``effect`` is the smallest mean difference of all comparisons, and ``weakest`` names it: the
-    first over the second, along a setting the smaller over the larger. ``error`` is its standard
+    ``effect`` is the smallest mean difference of all comparisons (of an open claim that with the
+    lowest end of its interval), and ``weakest`` names it: the first over the second, along a
+    setting the smaller over the larger. ``error`` is its standard
     error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
     ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere, ``low`` to
     ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how many
@@ -178,18 +178,17 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["elsewhere"] == OPEN:
         row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
     pair = next(iter(found))
+    if row["here"] == OPEN:
+        pair = min(found, key=lambda pair: found[pair].here()[0])
     row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
     if row["here"] != ONE_SEED:
         row["here_low"], row["here_high"] = found[pair].here()
-    if row["here"] == OPEN and row["here_low"] > bound:
-        lowest = min(found, key=lambda p: found[p].here()[0])
-        row |= {"lowest": " over ".join(lowest), "lowest_end": found[lowest].here()[0]}
     row["categories"] = min(len(e.gaps) for e in found.values())
     row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
     if row["here"] in (YES, NO) and row["categories"] > 1:
         judged = (pairs, rows, along, bound, complete)
         others = [c for c in places if _without(c, *judged) != row["here"]]
-        row["rests_on"] = " or ".join(others)
+        row["rests_on"] = ", ".join(others)
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
     row["paper"] = NOT_PRINTED
     if papers[pair]:
@@ -397,16 +396,12 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         if row.needed <= len(MVTEC.categories):
             more += f"; {row.needed:.0f} would decide"
         among = f", on {row.place} alone" * (row.categories == 1)
-        among += f", the smallest of {row.compared}" * (row.compared > 1)
+        among += f", the weakest of {row.compared}" * (row.compared > 1)
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons
         )
-        if pd.notna(row.lowest_end):
-            first, _, second = row.lowest.partition(" over ")
-            among += f"; open because {NAMES[first]} minus {NAMES[second]} could be "
-            among += f"{row.lowest_end:+.1f}"
         if row.rests_on and pd.notna(row.rests_on):
-            among += f"; another answer without {row.rests_on}"
+            among += f"; another answer if one is left out: {row.rests_on}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
         error = f"±{row.paper_error:.1f}" * (row.paper_error > 0)
@@ -470,7 +465,7 @@ def seen(workspace: Workspace, *names: str) -> str:
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
     if (table["compared"] > 1).any():
-        text += " *The smallest of n*: the claim makes n comparisons, and the weakest is shown."
+        text += " *The weakest of n*: the claim makes n comparisons, and this one decides."
     if table["null_effect"].notna().any():
         text += " *A baseline*: the same comparison with a random network or ImageNet features."
     if table["margin"].notna().any():
@@ -500,7 +495,8 @@ def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: st
     interval = " (one seed)" if row.here == ONE_SEED else interval
     paper = f" (the paper: {signed(row.paper_effect)})" if pd.notna(row.paper_effect) else ""
     sentence = {YES: yes, NO: no}.get(row.here, still_open)
-    return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}."
+    rests = f"; another answer if one is left out: {row.rests_on}" if row.rests_on else ""
+    return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}{rests}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
@@ -511,7 +507,7 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
         f"differ, so one seed is enough. Each answer is at 95 %.\n\n{summary(table)}\n\n"
         "Differences are in points of AUROC: ours with a 95 % interval from the seeds, the paper's "
         "± one standard error, on the same categories. If a claim has several comparisons, the "
-        f"smallest is shown. {MARGIN} Where the paper prints no number for these categories, its "
+        f"weakest is shown. {MARGIN} Where the paper prints no number for these categories, its "
         "place stands alone.\n\nThe second table has, for the same claims: baseline, the same "
         "difference with a random network or ImageNet features in place of the trained network, "
         "the better of the two; like the paper, whether the two differences agree within "
