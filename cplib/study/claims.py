@@ -167,7 +167,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     margin = -_range(printed) if along else -float(claim.tolerance or "nan")
     found = _differences(pairs, rows, either=along)
     row = {"id": claim.id, "claim": claim.claim, "source": claim.source, "margin": margin}
-    row |= {"categories": 0, "compared": len(found), "comparisons": len(pairs)}
+    row |= {"categories": 0, "compared": len(found), "comparisons": len(pairs), "rests_on": ""}
     if not found:
         return row | dict.fromkeys(QUESTIONS, NOT_MEASURED)
     bound, complete = np.nan_to_num(margin), len(found) == len(pairs)
@@ -400,7 +400,7 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons
         )
-        if row.rests_on and pd.notna(row.rests_on):
+        if row.rests_on:
             among += f"; another answer if one is left out: {row.rests_on}"
         of = row.weakest if row.comparisons > 1 else ""
         interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]" * pd.notna(row.here_low)
