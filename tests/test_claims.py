@@ -191,6 +191,16 @@ def test_the_comparison_that_leaves_an_order_open_is_named():
     smallest = means["cutpaste_scar"] - means["cutpaste"]  # but certain
     assert (row.here, row.weakest) == ("open", "cutpaste_3way over cutpaste_scar")
     assert row.here_low < 0 < smallest < row.effect
+    assert row.smallest == pytest.approx(smallest)
+
+
+def test_the_comparison_that_refutes_an_order_is_named():
+    frame = made_up(ORDER | {"cutpaste": 84, "cutpaste_scar": 82, METHOD: 78}, noise=0.1)
+    wide = (frame["method"] == METHOD) & (frame["seed"] == 0)
+    frame.loc[wide, "image_auroc"] += np.resize([20, -20], wide.sum())
+    row = verdict({T1: frame}, "cutpaste-scar-3way-order")
+    assert (row.here, row.weakest) == ("no", "cutpaste_scar over cutpaste")
+    assert row.smallest < row.effect < 0
 
 
 def test_a_headline_is_the_sentence_for_the_answer(monkeypatch):
@@ -528,11 +538,11 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
 def test_a_margin_counts_for_what_the_papers_difference_speaks_for(some):
     ours = some[some["source"] != claims.OURS].head(3)
     table = ours.assign(
-        effect=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
+        smallest=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
     )
     assert "means support 1 of the 3; our means support 1 of those 1." in claims.summary(table)
     assert "means support 0 of the 2" in claims.summary(table[1:])
-    tie = ours.head(1).assign(effect=0.01, paper_effect=1e-15, margin=None)
+    tie = ours.head(1).assign(smallest=0.01, paper_effect=1e-15, margin=None)
     assert "means support 0 of the 1" in claims.summary(tie)
 
 

@@ -4,9 +4,9 @@ A claim's ``order`` lists methods, or values of its ``setting``, the better firs
 compares a and b with c, "a > b > c" each with the next; the better may fall short by ``tolerance``
 points. ``group`` names the categories that it is about, "textures" or "aligned". A claim with a
 setting and no order says that no two of the paper's values differ by more than a margin: the range
-of the paper's own averages and two of its standard errors. ``null`` is the same order with an
-untrained network in the trained one's place: where it holds as well, training is not what makes the
-claim hold.
+of the paper's own averages and two of its standard errors. ``null`` is the same order with a
+baseline in the trained network's place: where it holds as well, CutPaste is not shown to be the
+reason.
 
 The three questions, each answered at 95 %:
 
@@ -64,6 +64,7 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
+COLUMNS += ["smallest"]  # mean difference of all comparisons
 COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
 WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
@@ -136,13 +137,13 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     """A row a claim (COLUMNS): its three answers, and what is behind them, in points.
 
     ``effect`` is the smallest mean difference of all comparisons (of an open claim that with the
-    lowest end of its interval), and ``weakest`` names it: the first over the second, along a
-    setting the smaller over the larger. ``error`` is its standard
-    error, from the seeds. ``margin`` is by how much the first may fall short. The intervals are
-    ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere, ``low`` to
-    ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how many
-    categories would decide the claim there. ``rests_on`` names the categories without which
-    a yes or no here would be another answer. ``paper_effect`` is the paper's, of the same pair and
+    lowest end of its interval, of a *no* that with the lowest upper end), and ``weakest`` names it:
+    the first over the second, along a setting the smaller over the larger. ``error`` is its
+    standard error, from the seeds. ``margin`` is by how much the first may fall short. The
+    intervals are ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere,
+    ``low`` to ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how
+    many categories would decide the claim there. ``rests_on`` names the categories without which a
+    yes or no here would be another answer. ``paper_effect`` is the paper's, of the same pair and
     categories. ``null_effect`` is the difference of a baseline.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
@@ -177,9 +178,12 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row["elsewhere"], row["low"], row["high"] = _answer(found, Estimate.elsewhere, bound, complete)
     if row["elsewhere"] == OPEN:
         row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
-    pair = next(iter(found))
+    pair, row["smallest"] = next(iter(found)), min(e.mean for e in found.values())
     if row["here"] == OPEN:
         pair = min(found, key=lambda pair: found[pair].here()[0])
+    elif row["here"] == NO:
+        ends = {pair: e.here(len(found))[1] for pair, e in found.items()}
+        pair = pd.Series(ends).idxmin()
     row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
     if row["here"] != ONE_SEED:
         row["here_low"], row["here_high"] = found[pair].here()
@@ -361,7 +365,7 @@ def summary(table: pd.DataFrame) -> str:
     text += f"need of a second seed.\n\n{markdown(grid)}"
     printed = table.dropna(subset=["effect", "paper_effect"])
     bound = printed["margin"].fillna(0) + TIE
-    theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "effect"))
+    theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "smallest"))
     if len(printed):
         text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
         text += " on these categories. Without regard to errors, the paper's means support "
@@ -465,7 +469,8 @@ def seen(workspace: Workspace, *names: str) -> str:
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
     if (table["compared"] > 1).any():
-        text += " *The weakest of n*: the claim makes n comparisons, and this one decides."
+        text += " *The weakest of n*: of n comparisons this has the smallest difference, or it "
+        text += "decides the answer."
     if table["null_effect"].notna().any():
         text += " *A baseline*: the same comparison with a random network or ImageNet features."
     if table["margin"].notna().any():
@@ -484,8 +489,8 @@ def seen(workspace: Workspace, *names: str) -> str:
 def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
     """The sentence for a claim's answer here, bold, with our difference and the paper's.
 
-    ``claim`` is its id. A claim that also holds without training is as *open*: training is not
-    shown to be the reason. So is one with one seed. Empty where nothing was measured.
+    ``claim`` is its id. A claim that a baseline fulfils, too, counts as *open*: CutPaste is not
+    shown to be the reason. So does one with one seed. Empty where nothing was measured.
     """
     chosen = CLAIMS[CLAIMS["id"] == claim]
     (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
@@ -495,7 +500,8 @@ def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: st
     interval = " (one seed)" if row.here == ONE_SEED else interval
     paper = f" (the paper: {signed(row.paper_effect)})" if pd.notna(row.paper_effect) else ""
     sentence = {YES: yes, NO: no}.get(row.here, still_open)
-    rests = f"; another answer if one is left out: {row.rests_on}" if row.rests_on else ""
+    rests = f"; another answer if one is left out: {row.rests_on}"
+    rests = rests if row.rests_on and row.here in (YES, NO) else ""
     return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}{rests}."
 
 

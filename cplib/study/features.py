@@ -177,7 +177,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         "\n- **Do they differ from pasted ones?** AUROC of a plane between them and patches, and "
     )
     text += f"of one between them and scars: {_beside(means[planes], before, after)}"
-    text += f" (*About as high*: the difference is at most {MORE} points.)"
+    if "about as high" in text:
+        text += f" (*About as high*: the mean difference is at most {MORE} points.)"
     rise = means.loc[after] - means.loc[before]
     most = rise.idxmax()
     if rise[most] > 0:

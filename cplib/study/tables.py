@@ -370,7 +370,6 @@ NAMES = Names(
         "cutpaste_scar": "CutPaste-scar",
         "cutpaste_union": "Binary (union)",
         "cutpaste_3way": "CutPaste-3way",
-        "anomaly": "real anomaly",  # of Figure 3
         "one": "one Gaussian",  # of footnote 1
         "average_texture": "mean of textures",
         "average_object": "mean of objects",
