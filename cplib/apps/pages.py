@@ -16,7 +16,7 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 
 from cplib.datasets import DATASETS, write_text
 from cplib.run import BASELINES
-from cplib.study.claims import summary
+from cplib.study.claims import COLUMNS, summary
 from cplib.study.profiles import PROFILES
 from cplib.study.report import folded, markdown, protocol, read_table, result, wide
 from cplib.study.store import Places
@@ -196,8 +196,8 @@ def _figures(results: Path, notebook, number: str) -> dict[str, str]:
 def _findings(results: Path) -> list[str]:
     """Two averages beside their nulls and the paper's, and how many claims have which answers."""
     found, file = averages(results), results / "tables" / "claims.csv"
-    if file.exists() and "here" in (claims := pd.read_csv(file)):
-        found.append(summary(claims))  # an older version's file has no answers
+    if file.exists() and {*COLUMNS} <= {*(claims := pd.read_csv(file))}:
+        found.append(summary(claims))  # an older version's file lacks columns
     return found or ["Nothing is measured yet."]
 
 
