@@ -113,9 +113,9 @@ def test_seeds_of_a_study_that_were_measured_before_are_shown_in_every_row(tmp_p
 
 
 def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path):
-    workspace = workspace_of("quick", tmp_path)
+    workspace = workspace_of("paper", tmp_path)
     entries = plan(workspace, "unstated_choices")
-    own = {QUICK.run(METHOD, c, protocol="sensitivity") for c in ("tile", "transistor")}
+    own = {PAPER.run(METHOD, c, protocol="sensitivity") for c in ("screw", "transistor")}
     assert {row.cell[1:] for row, run in entries if run in own} == {
         ("head", "512-128"),
         ("translate", "0.125"),
@@ -123,8 +123,8 @@ def test_the_unstated_choices_hold_our_own_and_belong_to_two_categories(tmp_path
     }
     heads = {row.value for row in rows_of(PAPER, "unstated_choices") if row.setting == "head"}
     assert heads == {"linear", "512-128", "8x512-128"}
-    assert {run.category for _, run in entries} == {"tile", "transistor"}
-    assert {run.seed for _, run in entries} == {0}
+    assert {run.category for _, run in entries} == {"screw", "transistor"}
+    assert {run.seed for _, run in entries} == {*range(5)}
 
 
 # What is written
