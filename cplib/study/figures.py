@@ -208,7 +208,7 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
         ax.plot(x, row, ls="", ms=7, label=category, clip_on=False, **mark(category))
     ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=36, mew=2)
     ax.plot([], [], color="black", lw=2, label="mean")
-    ax.axhline(50, color="0.6", lw=1)
+    ax.axhline(50, color="0.3", lw=1, ls="--", label="chance")
     ax.set_xticks(range(grid.shape[1]), [names.get(m, m) for m in grid], rotation=20, ha="right")
     ax.set(ylabel="image AUROC, %", xlim=(-0.5, grid.shape[1] - 0.5), ylim=(None, 102))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

@@ -279,7 +279,8 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
     columns = {"mean": "ours", "published_mean": "in brackets the paper's numbers"}
     words = ", ".join(text for name, text in columns.items() if table[name].notna().any())
     words = (words or "nothing measured").capitalize()
-    table.attrs["note"] = f"{note} {words}; percent, mean±standard error."
+    errors = table[["stderr", "published_stderr"]].notna().any(axis=None)
+    table.attrs["note"] = f"{note} {words}; percent{', mean±standard error' * bool(errors)}."
     path = Path(results) / "tables" / f"{name}.csv"
     write_text(path.with_suffix(".md"), as_markdown(table))
     bare = [column for column in ROW[1:] if not table[column].any()]
