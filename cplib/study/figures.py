@@ -38,7 +38,7 @@ def _colour(i: int) -> tuple[float, float, float]:
 def mark(category: str) -> dict:
     """Colour and marker of a category, the same in every figure; of an unknown one by its name."""
     i = _MARKED.get(category, zlib.crc32(category.encode()))
-    return {"color": _colour(i), "marker": "osX^vDP*<>"[i % 10]}
+    return {"color": _colour(i), "marker": "os^vD<>P*X"[i % 10]}
 
 
 def method_colour(method: str):
@@ -206,7 +206,7 @@ def dot_plot(grid, names: dict[str, str] = NAMES) -> Figure:
     for shift, (category, row) in zip(shifts, grid.iterrows(), strict=True):
         x = np.arange(len(row)) + shift
         ax.plot(x, row, ls="", ms=7, label=category, clip_on=False, **mark(category))
-    ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=36, mew=2)
+    ax.plot(range(grid.shape[1]), grid.mean(), "_", color="black", ms=36, mew=2, zorder=1)
     ax.plot([], [], color="black", lw=2, label="mean")
     ax.axhline(50, color="0.3", lw=1, ls="--", label="chance")
     ax.set_xticks(range(grid.shape[1]), [names.get(m, m) for m in grid], rotation=20, ha="right")
@@ -366,7 +366,7 @@ def _distances(ax: Axes, good, bad, this: float) -> None:
         _say(ax, x, y, name, color=colour, weight="bold")
     ax.axvline(this, color="black", lw=2, ls="--")
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    x = np.clip((this - ends[0]) / np.ptp(ends), 0.16, 0.82)
+    x = np.clip((this - ends[0]) / np.ptp(ends), 0.2, 0.75)
     _say(ax, x, 0.62, "new image", bbox=white)
     ax.set_ylim(0, 1.5 * ax.get_ylim()[1])
     ax.grid(False)
