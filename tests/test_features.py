@@ -111,7 +111,7 @@ def test_what_training_changed_is_said_in_whole_percent():
         "between them and patches, and of one between them and scars: 99 and 99, higher than "
         "before training (90 and 90).\n"
         "- *Training* raises *Gaussian: scar* most, from 55 to 94. (Patches and scars were in its "
-        "training.)\n- *The limits of the two claims below* are passed before training, too. So "
+        "training.)\n- *The limits of the two claims* are passed before training, too. So "
         "the claims do not show what training adds."
     )
     assert (

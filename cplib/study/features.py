@@ -187,11 +187,11 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         text += " (Patches and scars were in its training.)" * most.endswith(("patch", "scar"))
     every = numbers.xs(before, level="method").mean()
     if (every[planes] > HALFWAY).all() and (every.filter(like="Gaussian") > 50).all():
-        text += "\n- *The limits of the two claims below* are passed before training, too. So the "
+        text += "\n- *The limits of the two claims* are passed before training, too. So the "
         text += "claims do not show what training adds."
     if light:
         text += f"\n- *Means* are without {' and '.join(light)}, where brightness alone tells "
-        text += "normal from anomalous test images (notebook 03). The claims below include it."
+        text += "normal from anomalous test images (notebook 03). The claims include it."
     return text, means
 
 
