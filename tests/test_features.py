@@ -111,8 +111,8 @@ def test_what_training_changed_is_said_in_whole_percent():
         "between them and patches, and of one between them and scars: 99 and 99, higher than "
         "before training (90 and 90).\n"
         "- *Training* raises *Gaussian: scar* most, from 55 to 94. (Patches and scars were in its "
-        "training.)\n- *The limits of the two claims* are passed before training, too. So "
-        "the claims do not show what training adds."
+        "training.)\n- **The claims do not show what training adds**: their limits are passed "
+        "before training, too."
     )
     assert (
         means.loc["untrained"].tolist() == pytest.approx([69.5, 99.6, 54.7, 89.5, 89.5, 89.5])
@@ -122,7 +122,7 @@ def test_what_training_changed_is_said_in_whole_percent():
         text, means = findings(
             numbers, "untrained", METHOD, told_by_light({"tile": 60, "screw": auroc})
         )
-        assert "*Means* are without screw, where brightness" in text
+        assert "- The means leave out screw; the claims do not." in text
         assert means.loc[METHOD].tolist() == [99, 99.6, 98.6, 98, 98, 98]
     found["tile", "pretrained"] = record(96, 92.6, 98)  # nearly as the trained one, but on scars
     found["tile", METHOD] = record(70, 98.6, 98)

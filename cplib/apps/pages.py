@@ -18,7 +18,7 @@ from cplib.datasets import DATASETS, write_text
 from cplib.run import BASELINES
 from cplib.study.claims import COLUMNS, summary
 from cplib.study.profiles import PROFILES
-from cplib.study.report import folded, markdown, protocol, read_table, result, wide
+from cplib.study.report import by_metric, protocol, read_table, result
 from cplib.study.store import Places
 from cplib.study.tables import METHOD, NAMES, TABLES
 from cplib.study.workspace import Workspace
@@ -167,15 +167,10 @@ def _table(results: Path, name: str) -> str:
     parts = [f"### {heading}", result(table, name)]
     ours = table[table.groupby("category")["mean"].transform("count") > 0]
     ours = ours.assign(stderr=np.nan, published_stderr=np.nan)  # no wider than a page
-    first, *others = [wide(ours, metric) for metric in ours["metric"].unique()] or [pd.DataFrame()]
-    if len(first):
+    if len(ours):
         beside = ", in brackets the paper's" if ours["published_mean"].notna().any() else ""
         more = f"Ours{beside}. [With standard errors and how it was measured](tables/{name}.md)"
-        parts += [markdown(first), f"{more}."]
-    if others := [grid for grid in others if len(grid)]:
-        names = ", ".join(grid.columns.name.removesuffix(", %") for grid in others)
-        text = "\n\n".join(map(markdown, others))
-        parts.append(folded(names, text))
+        parts += [by_metric(ours), f"{more}."]
     return "\n\n".join(part.strip() for part in parts)
 
 

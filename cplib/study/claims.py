@@ -45,7 +45,7 @@ MARGIN = (
     "Some claims allow a loss: with margin -1.0, a claim holds if the difference is above -1.0."
 )
 AGREE = 2.0  # points
-NEAR = 1.0  # points: the value of a single seed that is nearer to the limit speaks for no side
+NEAR = 1.0  # points: what is nearer to the limit speaks for no side, or is as good
 PAPER_SEEDS = 5
 CERTAIN = "|pretrained-.*"  # runs without an error of seeds: a given number, ImageNet features
 QUOTED = ("docc", "u_student", "p_svdd", "fcdd")  # never run: the paper's number is the value
@@ -136,8 +136,8 @@ def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
 def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> pd.DataFrame:
     """A row a claim (COLUMNS): its three answers, and what is behind them, in points.
 
-    ``effect`` is the smallest mean difference of all comparisons (of an open claim that with the
-    lowest end of its interval, of a *no* that with the lowest upper end), and ``weakest`` names it:
+    ``effect`` is the mean difference of the comparison with the lowest interval (with one seed, the
+    smallest difference of all comparisons), and ``weakest`` names it:
     the first over the second, along a setting the smaller over the larger. ``error`` is its
     standard error, from the seeds. ``margin`` is by how much the first may fall short. The
     intervals are ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere,
@@ -179,11 +179,9 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["elsewhere"] == OPEN:
         row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
     pair, row["smallest"] = next(iter(found)), min(e.mean for e in found.values())
-    if row["here"] == OPEN:
-        pair = min(found, key=lambda pair: found[pair].here()[0])
-    elif row["here"] == NO:
-        ends = {pair: e.here(len(found))[1] for pair, e in found.items()}
-        pair = pd.Series(ends).idxmin()
+    if row["here"] != ONE_SEED:  # what decides: a lower end, of a no an upper end
+        end, corrected = (1, len(found)) if row["here"] == NO else (0, 1)
+        pair = pd.Series({p: e.here(corrected)[end] for p, e in found.items()}).idxmin()
     row |= {"weakest": " over ".join(pair), "effect": found[pair].mean, "error": found[pair].error}
     if row["here"] != ONE_SEED:
         row["here_low"], row["here_high"] = found[pair].here()
@@ -363,6 +361,10 @@ def summary(table: pd.DataFrame) -> str:
     )
     text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} in "
     text += f"need of a second seed.\n\n{markdown(grid)}"
+    fragile = table["rests_on"].dropna().ne("").sum()  # from a file, NaN
+    if decided:
+        text += f"\n{fragile} of the {decided} decided would have another answer if one category "
+        text += "were left out.\n"
     printed = table.dropna(subset=["effect", "paper_effect"])
     bound = printed["margin"].fillna(0) + TIE
     theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "smallest"))
@@ -422,8 +424,19 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
     return grid.reindex(columns=WORDS).astype(object).rename_axis("claim")
 
 
+def _alike(row) -> bool:
+    """Whether the interval of an open claim of one comparison leaves less than NEAR either way."""
+    single = row.here == OPEN and row.comparisons == 1
+    return single and row.here_low > -NEAR and row.here_high < NEAR
+
+
 def _side(row) -> str:
-    """For which side the value of a single seed speaks: if comparisons are missing, not for it."""
+    """What else is known of an open claim, or of one with a single seed.
+
+    For which side its value speaks: if comparisons are missing, not for the claim.
+    """
+    if _alike(row):
+        return f" (on average they differ by less than {NEAR:g} point)"
     beyond = row.effect - np.nan_to_num(row.margin)
     if row.here != ONE_SEED or (row.compared < row.comparisons and beyond > -NEAR):
         return ""
@@ -469,8 +482,8 @@ def seen(workspace: Workspace, *names: str) -> str:
         text += " On the demo set an answer illustrates, and is no evidence for the method. The "
         text += "answers on MVTec AD differ: see `results/quick`."
     if (table["compared"] > 1).any():
-        text += " *The weakest of n*: of n comparisons this has the smallest difference, or it "
-        text += "decides the answer."
+        text += " *The weakest of n*: of n comparisons this has the lowest interval (with one "
+        text += "seed, the smallest difference)."
     if table["null_effect"].notna().any():
         text += " *A baseline*: the same comparison with a random network or ImageNet features."
     if table["margin"].notna().any():
@@ -486,20 +499,25 @@ def seen(workspace: Workspace, *names: str) -> str:
     return folded("Each claim, with its answer", "\n".join(lines))
 
 
-def headline(workspace: Workspace, claim: str, yes: str, still_open: str, no: str) -> str:
+def headline(
+    workspace: Workspace, claim: str, yes: str, still_open: str, no: str, alike: str = ""
+) -> str:
     """The sentence for a claim's answer here, bold, with our difference and the paper's.
 
     ``claim`` is its id. A claim that a baseline fulfils, too, counts as *open*: CutPaste is not
-    shown to be the reason. So does one with one seed. Empty where nothing was measured.
+    shown to be the reason. ``alike`` is for an open one whose interval lies within NEAR of zero.
+    With one seed, ``yes`` is a question. Empty where nothing was measured.
     """
     chosen = CLAIMS[CLAIMS["id"] == claim]
     (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
     if row.here == NOT_MEASURED:
         return ""
-    interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]"
-    interval = " (one seed)" if row.here == ONE_SEED else interval
     paper = f" (the paper: {signed(row.paper_effect)})" if pd.notna(row.paper_effect) else ""
+    if row.here == ONE_SEED:
+        return f"{yes}? **One seed is no answer**: {signed(row.effect)} points{paper}."
+    interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]"
     sentence = {YES: yes, NO: no}.get(row.here, still_open)
+    sentence = alike if alike and _alike(row) else sentence
     rests = f"; another answer if one is left out: {row.rests_on}"
     rests = rests if row.rests_on and row.here in (YES, NO) else ""
     return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}{rests}."
@@ -512,9 +530,9 @@ def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
         "the seeds. Elsewhere: for categories not tried; the error comes from how categories "
         f"differ, so one seed is enough. Each answer is at 95 %.\n\n{summary(table)}\n\n"
         "Differences are in points of AUROC: ours with a 95 % interval from the seeds, the paper's "
-        "± one standard error, on the same categories. If a claim has several comparisons, the "
-        f"weakest is shown. {MARGIN} Where the paper prints no number for these categories, its "
-        "place stands alone.\n\nThe second table has, for the same claims: baseline, the same "
+        "± one standard error, on the same categories. Of several comparisons the one with the "
+        f"lowest interval is shown. {MARGIN} Where the paper prints no number on these categories, "
+        "its place stands alone.\n\nThe second table has, for the same claims: baseline, the same "
         "difference with a random network or ImageNet features in place of the trained network, "
         "the better of the two; like the paper, whether the two differences agree within "
         f"{AGREE:g} points."

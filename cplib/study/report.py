@@ -221,7 +221,8 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     measured |= printed if printed <= {*AVERAGES} else {"average_all"}
     columns = [c for c in in_order(part["category"]) if c in measured]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
-    grid = grid.rename(columns=lambda name: NAMES[name])
+    names = NAMES | {"average_all": "mean of the kinds"} if measured & {*SYNTHETIC} else NAMES
+    grid = grid.rename(columns=lambda name: names[name])
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 
 
@@ -244,17 +245,17 @@ def signed(points: float) -> str:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table of ``compare``: how it was measured, then each metric as ``wide`` shows it."""
+    """A table of ``compare``: how it was measured, then ``by_metric``."""
+    return f"{table.attrs['note']}\n\n{by_metric(table)}"
+
+
+def by_metric(table: pd.DataFrame) -> str:
+    """Each metric of a table as ``wide`` shows it, in Markdown; all but the first are folded."""
     grids = [wide(table, metric) for metric in table["metric"].unique()]
-    return _noted(table.attrs["note"], grids)
-
-
-def _noted(note: str, grids: list[pd.DataFrame]) -> str:
-    """A note and then each grid that has rows, in Markdown; those after the second are folded."""
-    grids = [grid for grid in grids if len(grid)]
-    texts = [markdown(grid) for grid in grids]
-    names = ", ".join(grid.columns.name.removesuffix(", %") for grid in grids[2:])
-    return "\n".join([f"{note}\n", *texts[:2], folded(names, "\n".join(texts[2:]))])
+    first, *others = [grid for grid in grids if len(grid)] or [pd.DataFrame()]
+    names = ", ".join(grid.columns.name.removesuffix(", %") for grid in others)
+    more = folded(names, "\n".join(map(markdown, others)))
+    return markdown(first) * (len(first) > 0) + f"\n{more}" * bool(more)
 
 
 def folded(title: str, text: str) -> str:
@@ -291,7 +292,7 @@ def save_table(table: pd.DataFrame, results: str | Path, name: str, note: str) -
 def save_markdown(results: str | Path, name: str, note: str, grids: list[pd.DataFrame]) -> Path:
     """Write ``results/tables/<name>.md``, a note and then each grid that has rows; its path."""
     path = Path(results) / "tables" / f"{name}.md"
-    write_text(path, _noted(note, grids))
+    write_text(path, "\n".join([f"{note}\n", *(markdown(grid) for grid in grids if len(grid))]))
     return path
 
 
