@@ -429,6 +429,21 @@ def test_the_error_in_one_category_is_welchs():
     assert ours.here() == pytest.approx(tuple(known.confidence_interval()))
 
 
+def test_along_a_setting_the_error_is_students_and_every_row_tells_how_seeds_vary():
+    frame = along_rates((80, 84, 84), RATES[:3], categories=("grid",), seeds=4, noise=2)
+    rows = {v: part.set_index(["category", "seed", "id"]) for v, part in frame.groupby("value")}
+    rows = {value: part["image_auroc"] for value, part in rows.items()}
+    two = frame[frame["value"].isin([*rows][:2])]
+    a, b, c = rows
+    ours = contrast(rows, [b], [a], claims.spread(two, "image_auroc"))
+    known = stats.ttest_ind(rows[b], rows[a])
+    assert (ours.mean / ours.error, ours.freedom) == pytest.approx((known.statistic, known.df))
+    again = pd.concat([frame, frame[frame["value"] == c].assign(setting="updates")])
+    pooled = claims.spread(again, "image_auroc").loc["grid"]  # a run in two rows counts once
+    assert pooled["freedom"] == 9
+    assert pooled["variance"] == pytest.approx(np.mean([row.var() for row in rows.values()]))
+
+
 def test_intervals_here_hold_the_difference_on_these_categories_as_often_as_they_promise():
     """Seeds differ little in some categories and much in others, as ours do."""
     rng, held, errors = np.random.default_rng(0), [], []

@@ -10,7 +10,8 @@ reason.
 
 The three questions, each answered at 95 %:
 
-- *Here*: does the claim hold on the categories measured? The error comes from the seeds.
+- *Here*: does the claim hold on the categories measured? The error comes from the seeds of the
+  rows compared; along a setting, from the seeds of all rows of its table (``spread``).
 - *Like the paper*: is our difference the paper's on the same categories, to ``AGREE`` points?
 - *Elsewhere*: does it hold for categories not tried? The error comes from the categories.
 """
@@ -104,11 +105,26 @@ def _welch(parts) -> tuple[float, float]:
     return math.sqrt(variance), variance**2 / slack if slack else math.inf
 
 
-def contrast(rows: Rows, plus: Collection[str], minus: Collection[str]) -> Estimate | None:
+def spread(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """How single runs of one row vary, by category: pooled ``variance`` and ``freedom`` over rows.
+
+    For networks that differ in one setting at a time (``setting`` and ``value``): two seeds of one
+    row say too little, those of all rows say more. A run that is in several rows counts once.
+    """
+    once = frame.drop_duplicates("id").groupby(["category", "setting", "value"])[metric]
+    freedom = (once.count() - 1).groupby("category").sum()
+    squares = (once.var() * (once.count() - 1)).groupby("category").sum()
+    return pd.DataFrame({"variance": squares / freedom, "freedom": freedom})
+
+
+def contrast(
+    rows: Rows, plus: Collection[str], minus: Collection[str], pooled: pd.DataFrame | None = None
+) -> Estimate | None:
     """The sum of the rows ``plus`` less that of ``minus``, in the categories that all of them have.
 
-    Rows of the same runs are compared run by run. Each category has a variance of its own. None if
-    the rows share no category.
+    Rows of the same runs are compared run by run. Each category has a variance of its own: that of
+    ``pooled`` (``spread``) if given, for one row less another, else each row its own. None if the
+    rows share no category.
     """
     (factors := Counter(plus)).subtract(minus)
     used = {name: factor for name, factor in factors.items() if factor}
@@ -119,12 +135,15 @@ def contrast(rows: Rows, plus: Collection[str], minus: Collection[str]) -> Estim
     for name, factor in used.items():
         row = rows[name][rows[name].index.get_level_values("category").isin(shared)]
         units[tuple(row.index)] = units.get(tuple(row.index), 0) + factor * row
-    total, parts = 0, []
+    total, parts, shares = 0, [], 0
     for row in units.values():
         cells = row.groupby("category")
-        total = total + cells.mean()
-        if not row.index.unique("id").str.fullmatch(CERTAIN).all():
+        total, shares = total + cells.mean(), shares + 1 / cells.size()
+        if pooled is None and not row.index.unique("id").str.fullmatch(CERTAIN).all():
             parts += zip(cells.sem() / len(shared), cells.size() - 1, strict=True)
+    if pooled is not None:
+        variance, freedom = pooled.loc[total.index].to_numpy().T
+        parts = zip(np.sqrt(variance * shares) / len(shared), freedom, strict=True)
     return Estimate(total, *_welch(parts)) if shared else None
 
 
@@ -158,7 +177,9 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
 
 def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     printed = _printed(claim)
-    rows = _rows(frames.get(claim.table, pd.DataFrame()), claim)
+    frame = frames.get(claim.table, pd.DataFrame())
+    rows = _rows(frame, claim)
+    pooled = spread(frame, claim.metric) if claim.setting and "setting" in frame else None
     places = sorted({c for row in rows.values() for c in row.index.unique("category")})
     given = {name: pd.Series(level, places) for name, level in SEPARATION.items()}
     given |= {k: printed[k]["published_mean"].reindex(places) for k in QUOTED if k in printed}
@@ -166,7 +187,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     pairs = _pairs(claim.order) if claim.order else list(combinations(printed, 2))
     along = printed and not claim.order
     margin = -_range(printed) if along else -float(claim.tolerance or "nan")
-    found = _differences(pairs, rows, either=along)
+    found = _differences(pairs, rows, along, pooled)
     row = {"id": claim.id, "claim": claim.claim, "source": claim.source, "margin": margin}
     row |= {"categories": 0, "compared": len(found), "comparisons": len(pairs), "rests_on": ""}
     if not found:
@@ -188,7 +209,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row["categories"] = min(len(e.gaps) for e in found.values())
     row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
     if row["here"] in (YES, NO) and row["categories"] > 1:
-        judged = (pairs, rows, along, bound, complete)
+        judged = (pairs, rows, along, pooled, bound, complete)
         others = [c for c in places if _without(c, *judged) != row["here"]]
         row["rests_on"] = ", ".join(others)
     papers = {p: _papers(p, printed, e.gaps.index) for p, e in found.items()}
@@ -207,9 +228,9 @@ def _pairs(order: str) -> list[Pair]:
     return [pair for better, worse in pairwise(parts) for pair in product(better, worse)]
 
 
-def _differences(pairs: list[Pair], rows: Rows, either: bool = False) -> Found:
+def _differences(pairs: list[Pair], rows: Rows, either: bool = False, pooled=None) -> Found:
     """The first of a pair less the second, for all pairs measured, the weakest first."""
-    found = [(pair, contrast(rows, pair[:1], pair[1:])) for pair in pairs]
+    found = [(pair, contrast(rows, pair[:1], pair[1:], pooled)) for pair in pairs]
     found = [(pair, estimate) for pair, estimate in found if estimate]
     if either:  # the smaller of a pair's two values stands first
         turn = [(-1 if e.mean > 0 else 1, pair, e) for pair, e in found]
@@ -307,10 +328,10 @@ def _answer(found: Found, limits: Callable, bound: float, complete: bool) -> tup
     return (answer, low, high) if np.isfinite([low, high]).all() else (answer, math.nan, math.nan)
 
 
-def _without(category: str, pairs: list[Pair], rows: Rows, either: bool, *judged) -> str:
+def _without(category: str, pairs: list[Pair], rows: Rows, either: bool, pooled, *judged) -> str:
     """The answer here if one category were left out."""
     rows = {k: row.drop(category, level="category", errors="ignore") for k, row in rows.items()}
-    return _answer(_differences(pairs, rows, either), Estimate.here, *judged)[0]
+    return _answer(_differences(pairs, rows, either, pooled), Estimate.here, *judged)[0]
 
 
 def _with_null(row: dict, claim, rows: Rows, bound: float) -> dict:
