@@ -188,10 +188,9 @@ def test_the_comparison_that_leaves_an_order_open_is_named():
     table = verdicts({T1: frame}, CLAIMS[CLAIMS["id"] == "cutpaste-scar-3way-order"])
     (row,) = table.itertuples()
     means = frame.groupby("method")["image_auroc"].mean()
-    smallest = means["cutpaste_scar"] - means["cutpaste"]  # but certain
+    certain = means["cutpaste_scar"] - means["cutpaste"]  # smaller, but its error is, too
     assert (row.here, row.weakest) == ("open", "cutpaste_3way over cutpaste_scar")
-    assert row.here_low < 0 < smallest < row.effect
-    assert row.smallest == pytest.approx(smallest)
+    assert row.here_low < 0 < certain < row.effect
 
 
 def test_the_comparison_that_refutes_an_order_is_named():
@@ -200,7 +199,8 @@ def test_the_comparison_that_refutes_an_order_is_named():
     frame.loc[wide, "image_auroc"] += np.resize([20, -20], wide.sum())
     row = verdict({T1: frame}, "cutpaste-scar-3way-order")
     assert (row.here, row.weakest) == ("no", "cutpaste_scar over cutpaste")
-    assert row.smallest < row.effect < 0
+    means = frame.groupby("method")["image_auroc"].mean()
+    assert means[METHOD] - means["cutpaste_scar"] < row.effect < 0  # smaller, but uncertain
     single = frame[(frame["method"] != METHOD) | (frame["seed"] == 0)]  # that has no interval
     row = verdict({T1: single}, "cutpaste-scar-3way-order")
     assert (row.here, row.weakest) == ("no", "cutpaste_scar over cutpaste")
@@ -548,29 +548,12 @@ def test_the_summary_counts_the_answers_to_the_papers_claims_alone(some):
     for answer in claims.ANSWERS:
         counts = [str(found.get(answer, "")) for found in (here, elsewhere)]
         assert f"\n| {answer.capitalize()} | {' | '.join(counts)} |\n" in text
-    printed = ours.dropna(subset=["effect", "paper_effect"])
-    theirs = printed[printed["paper_effect"] > printed["margin"].fillna(0) + 0.05]
-    both = (theirs["effect"] > theirs["margin"].fillna(0) + 0.05).sum()
-    assert f"For {len(printed)} claims the paper prints its numbers" in text
-    words = f"our means support {both} of those {len(theirs)}."
-    assert f"means support {len(theirs)} of the {len(printed)}; {words}" in text
     assert f"\n0 of the {decided} decided would have another" in text
     fragile = some.assign(rests_on=np.where(some["id"] == "3way-over-cutpaste", "tile", ""))
     for table in (fragile, fragile.replace("", None)):  # as it is in a file
         assert f"\n1 of the {decided} decided would have another" in claims.summary(table)
     left = ours.loc[ours["here"] == claims.NOT_MEASURED, "claim"]
     assert len(left) and all(claim.rstrip(".") in text.split("Not measured: ")[1] for claim in left)
-
-
-def test_a_margin_counts_for_what_the_papers_difference_speaks_for(some):
-    ours = some[some["source"] != claims.OURS].head(3)
-    table = ours.assign(
-        smallest=[-0.5, -0.5, 2], paper_effect=[-0.9, -0.9, -3], margin=[-1, None, -1]
-    )
-    assert "means support 1 of the 3; our means support 1 of those 1." in claims.summary(table)
-    assert "means support 0 of the 2" in claims.summary(table[1:])
-    tie = ours.head(1).assign(smallest=0.01, paper_effect=1e-15, margin=None)
-    assert "means support 0 of the 1" in claims.summary(tie)
 
 
 def test_claims_are_saved_from_a_folder_without_runs_or_data(tmp_path):

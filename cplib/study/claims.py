@@ -65,7 +65,6 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
-COLUMNS += ["smallest"]  # mean difference of all comparisons
 COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
 WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
@@ -199,7 +198,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     row["elsewhere"], row["low"], row["high"] = _answer(found, Estimate.elsewhere, bound, complete)
     if row["elsewhere"] == OPEN:
         row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
-    pair, row["smallest"] = next(iter(found)), min(e.mean for e in found.values())
+    pair = next(iter(found))
     if row["here"] != ONE_SEED:  # what decides: a lower end, of a no an upper end
         end, corrected = (1, len(found)) if row["here"] == NO else (0, 1)
         pair = pd.Series({p: e.here(corrected)[end] for p, e in found.items()}).idxmin()
@@ -386,14 +385,6 @@ def summary(table: pd.DataFrame) -> str:
     if decided:
         text += f"\n{fragile} of the {decided} decided would have another answer if one category "
         text += "were left out.\n"
-    printed = table.dropna(subset=["effect", "paper_effect"])
-    bound = printed["margin"].fillna(0) + TIE
-    theirs, ours = (printed[effect] > bound for effect in ("paper_effect", "smallest"))
-    if len(printed):
-        text += f"\nFor {len(printed)} claim{'s' * (len(printed) > 1)} the paper prints its numbers"
-        text += " on these categories. Without regard to errors, the paper's means support "
-        text += f"{theirs.sum()} of the {len(printed)}; our means support "
-        text += f"{(theirs & ours).sum()} of those {theirs.sum()}."
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 

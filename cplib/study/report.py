@@ -350,11 +350,10 @@ def _images(records: dict[Run, dict]) -> pd.DataFrame:
 
 
 def result(table: pd.DataFrame, name: str) -> str:
-    """A table's result in Markdown, by its first metric.
+    """A table's result in Markdown, by its first metric; empty if it compares no main row.
 
     For each main row (``Table.compared``): its mean, how far that is from the paper's number and
-    from the rows it is compared with, and where it is lowest. Folded: all rows in order, and the
-    differences in each category.
+    from the rows it is compared with, and where it is lowest.
     """
     metric = next(iter(table["metric"]), "")
     table = table[table["metric"] == metric].dropna(subset="mean")
@@ -363,9 +362,8 @@ def result(table: pd.DataFrame, name: str) -> str:
     cells = table[~table["category"].str.startswith("average")]
     grid = cells.pivot_table("mean", "category", "method", sort=False)
     what = "kinds" if {*cells["category"]} & {*SYNTHETIC} else "categories"
-    title = METRIC_NAMES[metric]
     pairs = [pair for pair in TABLES[name].compared if pair[0] in grid]
-    text, points = [], []
+    text = []
     for main in dict.fromkeys(row for row, _ in pairs):
         own = cells[cells["method"] == main].set_index("category")
         gaps = {"the paper's number": own["mean"] - own["published_mean"]}
@@ -373,15 +371,8 @@ def result(table: pd.DataFrame, name: str) -> str:
         others = [other for row, other in pairs if row == main and other in grid]
         gaps |= {NAMES[o].replace("random", "a random"): grid[main] - grid[o] for o in others}
         gaps = {other: gap.dropna() for other, gap in gaps.items() if gap.notna().any()}
-        text.append(_verdict(NAMES[main], title, own["mean"], gaps, what))
-        points += [f"- {NAMES[main]} minus {other}: {_gaps(gap)}" for other, gap in gaps.items()]
-    places = [*AVERAGES[::-1] * (len(grid) > 1), *cells["category"]]
-    place = next(c for c in places if c in {*table["category"]})
-    rows = table[table["category"] == place]
-    ordered = [_ordered(part, setting) for setting, part in rows.groupby("setting", sort=False)]
-    where = f"mean of {len(grid)} {what}" if place in AVERAGES else NAMES[place]
-    points.insert(0, f"- {title[0].upper()}{title[1:]} in order, {where}: {'; '.join(ordered)}.")
-    return "\n\n".join([*text, folded("All rows and categories", "\n".join(points))])
+        text.append(_verdict(NAMES[main], METRIC_NAMES[metric], own["mean"], gaps, what))
+    return "\n\n".join(text)
 
 
 def _verdict(name: str, metric: str, own: pd.Series, gaps: dict, what: str) -> str:
@@ -408,18 +399,3 @@ def _apart(gap: float, unit: str = "") -> str:
     """A difference in words: "3.2 points above", or "equal to" where it rounds to 0."""
     words = f"{abs(gap):.1f}{unit} {'above' if gap > 0 else 'below'}"
     return words if round(gap, 1) else f"equal{' to' * bool(unit)}"
-
-
-def _gaps(gaps: pd.Series) -> str:
-    """Differences by category, the highest first, and their mean."""
-    gaps = gaps.sort_values(ascending=False)
-    text = ", ".join(f"{NAMES[category]} {signed(gap)}" for category, gap in gaps.items())
-    return f"{text} points" + f"; the mean is {signed(gaps.mean())}." * (len(gaps) > 1)
-
-
-def _ordered(rows: pd.DataFrame, setting: str) -> str:
-    """The rows of a table, or those along one setting, from the highest to the lowest."""
-    rows = rows.sort_values("mean", ascending=False, kind="stable")
-    names = rows["value"] if setting else rows["method"].map(lambda method: NAMES[method])
-    found = (f"{text} ({mean:.1f})" for text, mean in zip(names, rows["mean"], strict=True))
-    return f"{setting.replace('_', ' ')}: {', '.join(found)}" if setting else ", ".join(found)
