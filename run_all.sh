@@ -3,7 +3,8 @@
 # Runs the test suite:                 ./run_all.sh test [pytest's options]
 # Runs the notebooks as on Colab:      ./run_all.sh test --colab [NN,NN]
 # Compares a GPU with the CPU:         ./run_all.sh test --gpu [--device cuda]
-# Sets up its own environment first: an active conda environment is used as it is, else .venv.
+# Sets up the environment alone:       ./run_all.sh setup
+# The environment is set up first: an active conda environment is used as it is, else .venv.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -66,5 +67,7 @@ elif [[ "${1:-} ${2:-}" == "test --gpu" ]]; then
     exec "$python" tests/gpu/check.py "${@:3}"
 elif [[ "${1:-}" == test ]]; then
     exec "$python" -m pytest "${@:2}"
+elif [[ "${1:-}" == setup ]]; then
+    exit
 fi
 exec "$python" -m cplib notebooks "$@"
