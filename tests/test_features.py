@@ -16,6 +16,7 @@ from cplib.run import Run
 from cplib.score import Scorer
 from cplib.study.features import (
     GROUPS,
+    distance_ratio,
     features,
     findings,
     image_groups,
@@ -100,10 +101,13 @@ def test_what_training_changed_is_said_in_whole_percent():
             "pairs": {pair: {"classifier_auroc": plane} for pair in pairs},
         }
 
-    found = {("tile", "untrained"): record(78, 50.4, 79), ("tile", METHOD): record(99, 98.6, 98)}
-    found |= {("screw", "untrained"): record(61, 59, 100), ("screw", METHOD): record(60, 90, 100)}
+    found = {("tile", "untrained", 0): record(77, 50.4, 79)}
+    found |= {("tile", "untrained", 1): record(79, 50.4, 79)}  # the mean of both is shown
+    found |= {("tile", METHOD, 0): record(99, 98.6, 98)}
+    found |= {("screw", "untrained", 0): record(61, 59, 100)}
+    found |= {("screw", METHOD, 0): record(60, 90, 100)}
     numbers = table(found)
-    assert numbers.loc["tile", "untrained"].tolist() == [78, 99.6, 50.4, 79, 79, 79]
+    assert numbers.loc["tile", "untrained"].tolist()[:-1] == [78, 99.6, 50.4, 79, 79, 79]
     text, means = findings(numbers, "untrained", METHOD, told_by_light({"tile": None, "grid": 0}))
     assert text == (
         "- **Are real anomalies apart from normal images?** The Gaussian's AUROC is 80, higher "
@@ -115,21 +119,26 @@ def test_what_training_changed_is_said_in_whole_percent():
         "before training, too."
     )
     assert (
-        means.loc["untrained"].tolist() == pytest.approx([69.5, 99.6, 54.7, 89.5, 89.5, 89.5])
+        means.loc["untrained"].tolist()[:-1] == pytest.approx([69.5, 99.6, 54.7, 89.5, 89.5, 89.5])
         and "without" not in text
     )
     for auroc in (0.0, 99):  # the light of screw tells, and of tile a point is too little to tell
         text, means = findings(
             numbers, "untrained", METHOD, told_by_light({"tile": 60, "screw": auroc})
         )
-        assert "- The means leave out screw; the claims do not." in text
-        assert means.loc[METHOD].tolist() == [99, 99.6, 98.6, 98, 98, 98]
-    found["tile", "pretrained"] = record(96, 92.6, 98)  # nearly as the trained one, but on scars
-    found["tile", METHOD] = record(70, 98.6, 98)
+        assert means.loc[METHOD].tolist()[:-1] == [99, 99.6, 98.6, 98, 98, 98]
+    found["tile", "pretrained", 0] = record(96, 92.6, 98)  # as the trained one, but on scars
+    found["tile", METHOD, 0] = record(70, 98.6, 98)
     text, _ = findings(table(found), "untrained", METHOD, ["screw"])
     assert "is 70, lower than with ImageNet features (96), lower than before training (78)." in text
     assert "98 and 98, about as high as with ImageNet features (98 and 98), higher than" in text
     assert "(*About as high*: the mean difference is at most 5 points.)" in text
+    assert "compact" not in text
+    for (_, method, _), numbers in found.items():
+        numbers["distance_ratio"] = 1.5 if method == METHOD else 1.2
+    text, _ = findings(table(found), "untrained", METHOD, [])
+    words = "The distance ratio is higher in 1 of 1 categories: 1.50 on average, 1.20 before "
+    assert f"{words}training, 1.20 with ImageNet features." in text
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -140,6 +149,14 @@ def test_a_test_set_without_one_kind_of_images_has_no_numbers(images, label):
     assert features(RUN, build(RUN), train, only) == {}
     with pytest.raises(ValueError, match="3 images are too few"):
         project({g: cloud(int(i < 3)) for i, g in enumerate(GROUPS)}, 30.0, 15)
+
+
+def test_the_distance_ratio_grows_with_the_distance_of_the_anomalies_and_keeps_under_scale():
+    normal, real = (torch.tensor(cloud(50, shift, seed=i)) for i, shift in enumerate((0, 5)))
+    near = torch.tensor(cloud(50, seed=1))
+    assert distance_ratio(normal, near) == pytest.approx(1, abs=0.2)
+    assert distance_ratio(normal, real) > 2
+    assert distance_ratio(3 * normal, 3 * real) == pytest.approx(distance_ratio(normal, real))
 
 
 # The groups

@@ -25,6 +25,7 @@ GROUPS = ("normal", "anomaly", "cutpaste", "cutpaste_scar")
 PAIRS = (("normal", "anomaly"), ("anomaly", "cutpaste"), ("anomaly", "cutpaste_scar"))
 LIGHT = 10.0  # AUROC of brightness, percent: below it, or above the rest to 100, it is enough alone
 HALFWAY = 75.0  # AUROC, percent: the claims' limit of two groups that hardly overlap
+RATIO = "distance ratio"  # a column of ``table``
 MORE = 5  # points of AUROC: what differs by no more counts as about the same
 
 
@@ -43,8 +44,9 @@ def features(
     """The features of an image-level run, compared and projected. The paper names no constant.
 
     Holds ``gaussian_auroc`` of each group against the normal images (eq. 2), the ``pairs`` with
-    their ``classifier_auroc`` (``separability``), and for each projection the groups' points,
-    [[x, ...], [y, ...]]. Empty with fewer than two normal or two anomalous test images.
+    their ``classifier_auroc`` (``separability``), the ``distance_ratio`` of normal and anomalous
+    images, and for each projection the groups' points, [[x, ...], [y, ...]]. Empty with fewer than
+    two normal or two anomalous test images.
     """
     if min(int((test.labels == k).sum()) for k in (0, 1)) < 2:
         return {}
@@ -54,6 +56,7 @@ def features(
         z = scorer.features(torch.cat(groups))
         scores = score_features(scorer.density, z)[:, 0].numpy()
         parts = dict(zip(GROUPS, z[:, 0].split([len(g) for g in groups]), strict=True))
+        ratio = distance_ratio(parts["normal"], parts["anomaly"])
         parts = {name: np.asarray(part) for name, part in parts.items()}
         cuts = np.cumsum([len(z) for z in parts.values()])[:-1]
         points = project(parts, perplexity, umap_neighbours)
@@ -63,6 +66,7 @@ def features(
         apart = {f"{a} {b}": separability(parts[a], parts[b], folds) for a, b in PAIRS}
     apart = {pair: {"classifier_auroc": auroc} for pair, auroc in apart.items()}
     record = {"gaussian_auroc": dict(zip(GROUPS[1:], aurocs, strict=True)), "pairs": apart}
+    record["distance_ratio"] = ratio
     for name, groups in points.items():
         record[name] = {g: xy.tolist() for g, xy in zip(GROUPS, groups, strict=True)}
     return record
@@ -130,11 +134,21 @@ def separability(a: np.ndarray, b: np.ndarray, folds: int) -> float:
     return float(100 * cross_val_score(model, x, y, cv=parts, scoring="roc_auc").mean())
 
 
-def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
-    """AUROC between groups, percent: a row for each (category, method).
+def distance_ratio(normal: torch.Tensor, real: torch.Tensor) -> float:
+    """How compact normal images are: the higher, the more. From features (N, D) and (M, D).
 
-    The Gaussian's, of real anomalies and of pasted copies against normal images; then a plane's, of
-    real anomalies against normal images and against pasted copies (``separability``).
+    The median distance from a real anomaly to a normal image over that between two normal ones.
+    """
+    return float(torch.cdist(real, normal).median() / torch.pdist(normal).median())
+
+
+def table(records: dict[tuple[str, str, int], dict]) -> pd.DataFrame:
+    """Numbers of groups of features: a row for each (category, method), the mean over the seeds.
+
+    ``records`` are by category, method and seed. AUROC in percent: the Gaussian's, of real
+    anomalies and of pasted copies against normal images; then a plane's, of real anomalies against
+    normal images and against pasted copies (``separability``). RATIO is ``distance_ratio``, NaN
+    where no record has it.
     """
     rows = {}
     for key, found in records.items():
@@ -147,9 +161,11 @@ def table(records: dict[tuple[str, str], dict]) -> pd.DataFrame:
             "plane: real against normal": plane["normal anomaly"],
             "plane: real against patch": plane["anomaly cutpaste"],
             "plane: real against scar": plane["anomaly cutpaste_scar"],
+            RATIO: found.get("distance_ratio", float("nan")),
         }
-    index = pd.MultiIndex.from_tuples(rows, names=["category", "method"])
-    return pd.DataFrame(rows.values(), index).astype(float)
+    index = pd.MultiIndex.from_tuples(rows, names=["category", "method", "seed"])
+    numbers = pd.DataFrame(rows.values(), index).astype(float)
+    return numbers.groupby(["category", "method"], sort=False).mean()
 
 
 def told_by_light(brightness: dict[str, float | None]) -> list[str]:
@@ -185,7 +201,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         where, plane = fall.idxmin()
         was, now = (numbers.loc[(where, method), plane] for method in (before, after))
         text += f" Not everywhere: on {where}, *{plane}* falls from {was:.0f} to {now:.0f}."
-    rise = means.loc[after] - means.loc[before]
+    rise = (means.loc[after] - means.loc[before]).drop(RATIO)
     most = rise.idxmax()
     if rise[most] > 0:
         levels = f"from {means.loc[before, most]:.0f} to {means.loc[after, most]:.0f}"
@@ -194,8 +210,14 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     if (every[planes] > HALFWAY).all() and (every.filter(like="Gaussian") > 50).all():
         text += "\n- **The claims do not show what training adds**: their limits are passed before "
         text += "training, too."
-    if light:
-        text += f"\n- The means leave out {' and '.join(light)}; the claims do not."
+    ratio = numbers[RATIO].drop(light, level="category").unstack().dropna()
+    if len(ratio):
+        text += "\n- **Are normal images more compact after training?** The distance ratio is "
+        text += f"higher in {(ratio[after] > ratio[before]).sum()} of {len(ratio)} categories: "
+        text += f"{ratio[after].mean():.2f} on average, {ratio[before].mean():.2f} before training"
+        if before != "pretrained" and "pretrained" in ratio:
+            text += f", {ratio['pretrained'].mean():.2f} with ImageNet features"
+        text += "."
     return text, means
 
 

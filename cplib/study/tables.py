@@ -149,7 +149,12 @@ FIGURES = {
     "curves": Table(notebook="13", rows=image_rows(METHOD)),
     "density": Table(notebook="09", rows=image_rows(METHOD, measure="density")),
     "features": Table(
-        notebook="10", rows=image_rows(*BASELINES, METHOD, measure="features", seeds=1)
+        notebook="10",
+        rows=(
+            Row("untrained", measure="features", seeds=2),
+            Row("pretrained", measure="features", seeds=1),
+            Row(METHOD, measure="features", seeds=2),
+        ),
     ),
     "gradcam_copies": Table(
         notebook="04", rows=image_rows(METHOD, measure="gradcam_copies", seeds=1)
