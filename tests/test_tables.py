@@ -82,7 +82,7 @@ def test_a_network_has_one_run_for_each_way_of_scoring_and_all_measures_of_every
     ]
     others = [PROFILES["demo"].run(METHOD, "sieve", protocol=p) for p in ("patch", "finetune")]
     assert [wanted[run] for run in others] == [["maps"], ["level7"]]
-    assert wanted[replace(first, seed=1)] == ["gradcam", "synthetic-20", "density"]
+    assert wanted[replace(first, seed=1)] == ["gradcam", "synthetic-20", "density", "features"]
 
 
 def test_a_study_takes_the_categories_that_the_profile_names_or_the_first_to_execute(tmp_path):
