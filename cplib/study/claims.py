@@ -146,6 +146,13 @@ def contrast(
     return Estimate(total, *_welch(parts)) if shared else None
 
 
+def in_points(change: Estimate) -> str:
+    """A mean difference with its 95 % interval, if it has one; bold where that leaves out zero."""
+    low, high = change.here()
+    text = f"{signed(change.mean)} [{low:+.1f}, {high:+.1f}]"
+    return signed(change.mean) if math.isnan(low) else f"**{text}**" if low * high > 0 else text
+
+
 def measured(workspace: Workspace, names=tuple(ALL)) -> dict[str, pd.DataFrame]:
     """The recorded values of the tables that claims are about."""
     return {name: values(workspace, name) for name in {*CLAIMS["table"]} & {*names}}

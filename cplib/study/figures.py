@@ -243,8 +243,9 @@ def close_up(image: Tensor, normal: Tensor) -> Tensor:
 def every_category(table) -> Figure:
     """Table 1 at a glance: a mark for each method of ``SUMMARY`` in each category and on average.
 
-    ``table`` is Table 1, tidy. The last column is the mean of the categories to its left. The
-    paper's CutPaste-3way stands where the paper has numbers for these categories.
+    ``table`` is Table 1, tidy. A vertical line is the standard error over seeds. The last column is
+    the mean of the categories to its left. The paper's CutPaste-3way stands where the paper has
+    numbers for these categories.
     """
     points = summary(table)
     fig, ax = plt.subplots(figsize=(11, 4.4))
@@ -255,6 +256,7 @@ def every_category(table) -> Figure:
         part = points[points["label"] == label]
         if len(part):
             x = [places[name] + shift for name in part["category"]]
+            ax.errorbar(x, part["value"], part["error"], fmt="none", ecolor="0.5", lw=1.5)
             ax.plot(x, part["value"], ls="", ms=12, mew=2, label=label, clip_on=False, **look)
     ax.set_xticks(range(len(places)), [name.replace("_", " ") for name in places], fontsize=14)
     ax.axvline(len(places) - 1.5, color="0.6", lw=1)
@@ -280,7 +282,7 @@ SUMMARY = {  # label: method, whose number, how it is drawn
 
 
 def summary(table):
-    """The points of ``every_category``: label, category, value in percent.
+    """The points of ``every_category``: label, category, value and standard error in percent.
 
     Categories are those that we measured with CutPaste-3way. "mean" averages a label's numbers and
     is there only where the label has one in every category.
@@ -290,9 +292,10 @@ def summary(table):
     parts = []
     for label, (method, column, _) in SUMMARY.items():
         part = cells[(cells["method"] == method) & cells["category"].isin(ours)]
-        part = part[["category", column]].rename(columns={column: "value"}).dropna()
+        columns = {column: "value", column.replace("mean", "stderr"): "error"}
+        part = part[["category", *columns]].rename(columns=columns).dropna(subset="value")
         if 0 < len(part) == len(ours):
-            mean = {"category": "mean", "value": part["value"].mean()}
+            mean = part[["value", "error"]].mean().to_dict() | {"category": "mean"}
             part = pd.concat([part, pd.DataFrame([mean])])
         parts.append(part.assign(label=label))
     return pd.concat(parts, ignore_index=True)
@@ -311,14 +314,13 @@ def pipeline(normal, scar, image, heat, windows, scores) -> Figure:
     pasted = normal.clone()
     left, right = slice(cut, cut + size), slice(paste, paste + size)
     pasted[:, left, right] = normal[:, right, left]
-    changed = np.argwhere(np.asarray((scar - normal / 255).abs().amax(0) > 1 / 255))
-    y, x = (changed.min(0) + changed.max(0) - size) / 2
     fig = plt.figure(figsize=(11.1, 4.6))
     fig.set_layout_engine("none")
     _panel(fig, 0, 0, "normal image", normal)
     _outline(_panel(fig, 1, 0, "cut a patch", normal), cut, paste, size)
     _outline(_panel(fig, 2, 0, "paste it", pasted, arrow=False), paste, cut, size)
-    _outline(_panel(fig, 3, 0, "or a thin scar", scar), x, y, size)
+    closer = close_up((255 * scar).round().to(normal.dtype), normal)
+    _panel(fig, 3, 0, "or a scar (closer)", closer)
     _say(_panel(fig, 4, 0, "train"), 0.5, 0.5, "network")
     _say(_panel(fig, 5, 0, "which of three?", arrow=False), 0.5, 0.5, "normal\npatch\nscar")
     _panel(fig, 0, 1, "new image", image)
