@@ -41,7 +41,7 @@ CANDIDATES = {
     "64-px crops": {"crop": 64},
     "64-px crops (as before)": {"crop": 64, "learning_rate": 0.0005, "head_batchnorm": False}
     | {"updates": 640},
-    "64-px and 128-px crops by turns": {"crop": (64, 128)},
+    "64 and 128-px crops": {"crop": (64, 128)},
     "images of 128 px": {"size": 128},
     "images of 128 px (rate 0.002)": {"size": 128, "learning_rate": 0.002},
     "images of 128 px (twice as long)": {"size": 128, "updates": 1600},
