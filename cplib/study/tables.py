@@ -148,14 +148,7 @@ FIGURES = {
     "brightness": Table(notebook="03", rows=image_rows("untrained", measure="brightness", seeds=1)),
     "curves": Table(notebook="13", rows=image_rows(METHOD)),
     "density": Table(notebook="09", rows=image_rows(METHOD, measure="density")),
-    "features": Table(
-        notebook="10",
-        rows=(
-            Row("untrained", measure="features", seeds=2),
-            Row("pretrained", measure="features", seeds=1),
-            Row(METHOD, measure="features", seeds=2),
-        ),
-    ),
+    "features": Table(notebook="10", rows=image_rows(*BASELINES, METHOD, measure="features")),
     "gradcam_copies": Table(
         notebook="04", rows=image_rows(METHOD, measure="gradcam_copies", seeds=1)
     ),
