@@ -39,6 +39,10 @@ STYLE = """<style>
 body { max-width: 62rem; margin: 0 auto !important; padding: 0 .6rem; }
 .jp-RenderedHTMLCommon { overflow-x: auto; }
 .jp-RenderedHTMLCommon :is(pre, details) { margin: .6em 0 1em; overflow-x: auto; }
+.jp-RenderedMarkdown pre { white-space: pre !important; }
+.jp-mod-noOutputs:is(.celltag_hide-input, .celltag_parameters, .celltag_injected-parameters) {
+  display: none;
+}
 .jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }
 tr > :first-child { position: sticky; left: 0; background: white; }
 img { max-width: 100%; height: auto; }
