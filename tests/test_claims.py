@@ -219,7 +219,7 @@ def test_a_headline_is_the_sentence_for_the_answer(monkeypatch):
         monkeypatch.setattr(claims, "measured", lambda *_, frame=frame: {T1: frame})
         text = claims.headline(None, "3way-over-cutpaste", **words)
         assert text.startswith(start)
-        assert "(the paper: +" in text
+        assert "(the paper on these categories: +" in text
     monkeypatch.setattr(claims, "measured", lambda *_: {})
     assert claims.headline(None, "3way-over-cutpaste", **words) == ""
 

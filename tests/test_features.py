@@ -133,12 +133,12 @@ def test_what_training_changed_is_said_in_whole_percent():
     assert "is 70, lower than with ImageNet features (96), lower than before training (78)." in text
     assert "98 and 98, about as high as with ImageNet features (98 and 98), higher than" in text
     assert "(*About as high*: the mean difference is at most 5 points.)" in text
-    assert "compact" not in text
+    assert "distance ratio" not in text
     for (_, method, _), numbers in found.items():
         numbers["distance_ratio"] = 1.5 if method == METHOD else 1.2
     text, _ = findings(table(found), "untrained", METHOD, [])
-    words = "The distance ratio is higher in 1 of 1 categories: 1.50 on average, 1.20 before "
-    assert f"{words}training, 1.20 with ImageNet features." in text
+    words = "The distance ratio is higher in 1 of 1 categories: 1.5 on average, 1.2 before "
+    assert f"{words}training, 1.2 with ImageNet features." in text
 
 
 @pytest.mark.parametrize("label", [0, 1])

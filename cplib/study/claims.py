@@ -77,7 +77,7 @@ class Estimate(NamedTuple):
     """A difference in each category, and the error that few seeds leave in its mean."""
 
     gaps: pd.Series  # by category
-    error: float = 0.0  # standard error of the mean; NaN where a value has one seed
+    error: float = 0.0  # standard error of the mean; NaN where the seeds do not tell
     freedom: float = math.inf  # degrees of freedom of the error
 
     @property
@@ -97,7 +97,7 @@ class Estimate(NamedTuple):
         return Estimate(self.gaps, self.gaps.sem(), len(self.gaps) - 1).here(comparisons)
 
 
-def _welch(parts) -> tuple[float, float]:
+def welch(parts) -> tuple[float, float]:
     """The error and degrees of freedom of a sum of independent parts (Welch), from theirs."""
     error, freedom = np.array([*parts], dtype=float).reshape(-1, 2).T
     variance, slack = (error**2).sum(), (error**4 / freedom).sum()
@@ -110,7 +110,8 @@ def spread(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     For networks that differ in one setting at a time (``setting`` and ``value``): two seeds of one
     row say too little, those of all rows say more. A run that is in several rows counts once.
     """
-    once = frame.drop_duplicates("id").groupby(["category", "setting", "value"])[metric]
+    once = frame.dropna(subset=metric).drop_duplicates("id")
+    once = once.groupby(["category", "setting", "value"])[metric]
     freedom = (once.count() - 1).groupby("category").sum()
     squares = (once.var() * (once.count() - 1)).groupby("category").sum()
     return pd.DataFrame({"variance": squares / freedom, "freedom": freedom})
@@ -143,7 +144,14 @@ def contrast(
     if pooled is not None:
         variance, freedom = pooled.loc[total.index].to_numpy().T
         parts = zip(np.sqrt(variance * shares) / len(shared), freedom, strict=True)
-    return Estimate(total, *_welch(parts)) if shared else None
+    return Estimate(total, *welch(parts)) if shared else None
+
+
+def against_paper(rows: pd.DataFrame) -> Estimate:
+    """Ours minus the paper's number on average over the rows of a tidy table (Welch)."""
+    ours = zip(rows["stderr"] / len(rows), rows["seeds"].astype(float) - 1, strict=True)
+    parts = [*ours, *((error, PAPER_SEEDS - 1) for error in rows["published_stderr"] / len(rows))]
+    return Estimate(rows["mean"] - rows["published_mean"], *welch(parts))
 
 
 def in_points(change: Estimate) -> str:
@@ -173,10 +181,11 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
-    well and training adds nothing that is certain; "one seed" where a value has no
-    second seed; else "open". Elsewhere is answered in the same way, but one seed is enough. The
-    paper: "agrees" if every difference less the paper's lies within AGREE points; "larger",
-    "smaller" or "opposite" if one lies beyond; else "open"; empty where the paper prints no number.
+    well and training adds nothing that is certain; "one seed" where a value has no second seed
+    (along a setting: where no row has one); else "open". Elsewhere is answered in the same way, but
+    one seed is enough. The paper: "agrees" if every difference less the paper's lies within AGREE
+    points; "larger", "smaller" or "opposite" if one lies beyond; else "open"; empty where the paper
+    prints no number.
     """
     return pd.DataFrame([_row(claim, frames) for claim in claims.itertuples()], columns=COLUMNS)
 
@@ -294,7 +303,7 @@ def _papers(pair: Pair, printed: dict[str, pd.DataFrame], categories) -> Estimat
         if places and len(cells) == 2 and (gaps := means[0] - means[1]).notna().all():
             errors = pd.concat([part["published_stderr"].fillna(0) for part in cells]) / len(places)
             gaps = pd.Series(gaps.mean(), categories) if places is same else gaps
-            return Estimate(gaps, *_welch((error, PAPER_SEEDS - 1) for error in errors))
+            return Estimate(gaps, *welch((error, PAPER_SEEDS - 1) for error in errors))
     return None
 
 
@@ -307,7 +316,7 @@ def _agreement(pairs: list[tuple[Estimate, Estimate]]) -> str:
     for ours, theirs in pairs:
         sign = math.copysign(1, theirs.mean)
         ours = ours._replace(gaps=sign * ours.gaps)
-        more = Estimate(ours.gaps - sign * theirs.gaps, *_welch([ours[1:], theirs[1:]]))
+        more = Estimate(ours.gaps - sign * theirs.gaps, *welch([ours[1:], theirs[1:]]))
         (low, high), (sure_low, sure_high) = more.here(), more.here(len(pairs))
         if math.isnan(more.error):
             found.append(ONE_SEED)
@@ -425,6 +434,8 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
         among += f" ({row.comparisons - row.compared} not measured)" * (
             0 < row.compared < row.comparisons
         )
+        if row.here == NO and row.paper_effect < np.nan_to_num(row.margin) + TIE:
+            among += "; the paper's own numbers on these categories do not support it either"
         if row.rests_on:
             among += f"; another answer if one is left out: {row.rests_on}"
         of = row.weakest if row.comparisons > 1 else ""
@@ -531,7 +542,8 @@ def headline(
     (row,) = verdicts(measured(workspace, chosen["table"]), chosen).itertuples()
     if row.here == NOT_MEASURED:
         return ""
-    paper = f" (the paper: {signed(row.paper_effect)})" if pd.notna(row.paper_effect) else ""
+    paper = f" (the paper on these categories: {signed(row.paper_effect)})"
+    paper = paper if pd.notna(row.paper_effect) else ""
     if row.here == ONE_SEED:
         return f"{yes}? **One seed is no answer**: {signed(row.effect)} points{paper}."
     interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]"

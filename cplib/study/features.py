@@ -135,7 +135,7 @@ def separability(a: np.ndarray, b: np.ndarray, folds: int) -> float:
 
 
 def distance_ratio(normal: torch.Tensor, real: torch.Tensor) -> float:
-    """How compact normal images are: the higher, the more. From features (N, D) and (M, D).
+    """How far real anomalies are, in units of the normal spread, by features (N, D) and (M, D).
 
     The median distance from a real anomaly to a normal image over that between two normal ones.
     """
@@ -212,11 +212,12 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         text += "training, too."
     ratio = numbers[RATIO].drop(light, level="category").unstack().dropna()
     if len(ratio):
-        text += "\n- **Are normal images more compact after training?** The distance ratio is "
-        text += f"higher in {(ratio[after] > ratio[before]).sum()} of {len(ratio)} categories: "
-        text += f"{ratio[after].mean():.2f} on average, {ratio[before].mean():.2f} before training"
+        higher = (ratio[after] > ratio[before]).sum()
+        text += "\n- **Are real anomalies farther away, in units of the normal spread?** The "
+        text += f"distance ratio is higher in {higher} of {len(ratio)} categories: "
+        text += f"{ratio[after].mean():.1f} on average, {ratio[before].mean():.1f} before training"
         if before != "pretrained" and "pretrained" in ratio:
-            text += f", {ratio['pretrained'].mean():.2f} with ImageNet features"
+            text += f", {ratio['pretrained'].mean():.1f} with ImageNet features"
         text += "."
     return text, means
 

@@ -295,7 +295,7 @@ def summary(table):
         columns = {column: "value", column.replace("mean", "stderr"): "error"}
         part = part[["category", *columns]].rename(columns=columns).dropna(subset="value")
         if 0 < len(part) == len(ours):
-            mean = part[["value", "error"]].mean().to_dict() | {"category": "mean"}
+            mean = part[["value", "error"]].mean(skipna=False).to_dict() | {"category": "mean"}
             part = pd.concat([part, pd.DataFrame([mean])])
         parts.append(part.assign(label=label))
     return pd.concat(parts, ignore_index=True)
