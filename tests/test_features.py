@@ -110,8 +110,8 @@ def test_what_training_changed_is_said_in_whole_percent():
     assert numbers.loc["tile", "untrained"].tolist()[:-1] == [78, 99.6, 50.4, 79, 79, 79]
     text, means = findings(numbers, "untrained", METHOD, told_by_light({"tile": None, "grid": 0}))
     assert text == (
-        "- **Are real anomalies apart from normal images?** The Gaussian's AUROC is 80, higher "
-        "than before training (70).\n- **Do they differ from pasted ones?** AUROC of a plane "
+        "- **Real anomalies from normal images**: the Gaussian's AUROC is 80, higher "
+        "than before training (70).\n- **Real anomalies from pasted ones**: AUROC of a plane "
         "between them and patches, and of one between them and scars: 99 and 99, higher than "
         "before training (90 and 90).\n"
         "- *Training* raises *Gaussian: scar* most, from 55 to 94. (Patches and scars were in its "
@@ -137,7 +137,7 @@ def test_what_training_changed_is_said_in_whole_percent():
     for (_, method, _), numbers in found.items():
         numbers["distance_ratio"] = 1.5 if method == METHOD else 1.2
     text, _ = findings(table(found), "untrained", METHOD, [])
-    words = "The distance ratio is higher in 1 of 1 categories: 1.5 on average, 1.2 before "
+    words = "the distance ratio is higher in 1 of 1 categories: 1.5 on average, 1.2 before "
     assert f"{words}training, 1.2 with ImageNet features." in text
 
 

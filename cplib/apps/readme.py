@@ -8,7 +8,7 @@ import nbformat
 import pandas as pd
 
 from cplib.apps.workspace import ROOT
-from cplib.study.claims import OURS
+from cplib.study.claims import OURS, against_paper
 from cplib.study.profiles import METHOD, PROFILES
 from cplib.study.report import markdown, number, read_table
 from cplib.study.store import read, read_record, run_folder
@@ -135,6 +135,19 @@ def own() -> pd.DataFrame:
     return rows[rows["recommended"] == 1].set_index("category").reindex(measured())
 
 
+def interval(claim: str) -> str:
+    """The 95 % interval of a claim's difference, in points."""
+    rows = pd.read_csv(ROOT / "results" / "quick" / "tables" / "claims.csv").set_index("id")
+    low, high = rows.loc[claim, ["here_low", "here_high"]].astype(float)
+    return f"{low:+.1f} to {high:+.1f}"
+
+
+def behind() -> str:
+    """The 95 % interval of how many points our mean in Table 1 is lower than the paper's."""
+    low, high = against_paper(table("quick", "1").loc[METHOD].loc[measured()]).here()
+    return f"{-high:.1f} to {-low:.1f}"
+
+
 def photos(column: str, statistic: str) -> str:
     """The "mean" or "min" over the categories of a column of ``own``, or "each" of them."""
     values = own()[column]
@@ -183,5 +196,5 @@ def claims(question: str = "here", *answers: str) -> str:
 
 
 NUMBERS = (cell, without, above, brightness, changed, uncommitted)
-NUMBERS += (minutes, images, photos, port, claims)
+NUMBERS += (minutes, images, interval, behind, photos, port, claims)
 FILLS = {function.__name__: function for function in (*NUMBERS, results, notebooks, ports)}

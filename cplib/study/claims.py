@@ -427,8 +427,6 @@ def _words(table: pd.DataFrame) -> pd.DataFrame:
     for row in table.itertuples():
         where = f", {row.categories} categor{'y' if row.categories == 1 else 'ies'}"
         more = where * (row.categories > 0)
-        if row.needed <= len(MVTEC.categories):
-            more += f"; {row.needed:.0f} would decide"
         among = f", on {row.place} alone" * (row.categories == 1)
         among += f", the weakest of {row.compared}" * (row.compared > 1)
         among += f" ({row.comparisons - row.compared} not measured)" * (

@@ -188,10 +188,10 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     means = numbers.drop(light, level="category").groupby("method", sort=False).mean()
     planes = ["plane: real against patch", "plane: real against scar"]
     every = numbers.xs(before, level="method").mean()
-    text = "- **Are real anomalies apart from normal images?** The Gaussian's AUROC is "
+    text = "- **Real anomalies from normal images**: the Gaussian's AUROC is "
     text += _beside(means[["Gaussian: real"]], before, after)
     text += (
-        "\n- **Do they differ from pasted ones?** AUROC of a plane between them and patches, and "
+        "\n- **Real anomalies from pasted ones**: AUROC of a plane between them and patches, and "
     )
     text += f"of one between them and scars: {_beside(means[planes], before, after)}"
     if "about as high" in text:
@@ -213,7 +213,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     ratio = numbers[RATIO].drop(light, level="category").unstack().dropna()
     if len(ratio):
         higher = (ratio[after] > ratio[before]).sum()
-        text += "\n- **Are real anomalies farther away, in units of the normal spread?** The "
+        text += "\n- **Real anomalies in units of the normal spread**: the "
         text += f"distance ratio is higher in {higher} of {len(ratio)} categories: "
         text += f"{ratio[after].mean():.1f} on average, {ratio[before].mean():.1f} before training"
         if before != "pretrained" and "pretrained" in ratio:
