@@ -395,8 +395,8 @@ def summary(table: pd.DataFrame) -> str:
     decided, is_open, single = (
         table["here"].isin(answers).sum() for answers in (ANSWERS[:3], [OPEN], [ONE_SEED])
     )
-    text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} that "
-    text += f"rest on one seed or one ensemble.\n\n{markdown(grid)}"
+    text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} on "
+    text += f"one seed or one ensemble.\n\n{markdown(grid)}"
     fragile = table["rests_on"].dropna().ne("").sum()  # from a file, NaN
     if decided:
         text += f"\n{fragile} of the {decided} decided would have another answer if one category "
