@@ -201,7 +201,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         where, plane = fall.idxmin()
         was, now = (numbers.loc[(where, method), plane] for method in (before, after))
         text += f" Not everywhere: on {where}, *{plane}* falls from {was:.0f} to {now:.0f}."
-    rise = (means.loc[after] - means.loc[before]).drop(RATIO)
+    rise = (means.loc[after] - means.loc[before]).drop([RATIO, "plane: real against normal"])
     most = rise.idxmax()
     if rise[most] > 0:
         levels = f"from {means.loc[before, most]:.0f} to {means.loc[after, most]:.0f}"
