@@ -165,7 +165,7 @@ def test_without_windows_notebook_04_shows_the_recorded_maps(
     for file in tmp_path.glob("smoke/runs/*/windows.safetensors"):
         file.unlink()
     monkeypatch.setenv("CPLIB_RESULTS", str(tmp_path))
-    assert not (tmp_path / "smoke/figures/04_maps.png").exists()
+    (tmp_path / "smoke/figures/04_maps.png").unlink()
     assert run_notebooks(open_workspace("smoke", str(demo_root)), SOURCES[4:5]) == 0
     assert (tmp_path / "smoke/figures/04_maps.png").exists()
 
