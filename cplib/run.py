@@ -52,7 +52,7 @@ class Run:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 3e-5
     warmup: float = 0.0  # share of the updates in which the learning rate climbs from 0
-    # Side in pixels of the crops trained on (4.2: 64); 0: whole images; several sides: by turns.
+    # Side in pixels of the crops trained on (4.2: 64); 0: whole images; several sides: in turn.
     crop: NonNegativeInt | Sides = 0
     backbone: Literal["resnet18", "resnet18_quarter", "efficientnet_b4", "efficientnet_lite0"] = (
         "resnet18"
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Sides in pixels of the crops that updates use by turns; 0 is a whole image."""
+        """Sides in pixels of the crops that updates use in turn; 0: a whole image."""
         return (self.crop,) if isinstance(self.crop, int) else self.crop
 
     @property

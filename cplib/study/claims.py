@@ -549,7 +549,8 @@ def headline(
     sentence = alike if alike and _alike(row) else sentence
     rests = f"; another answer if one is left out: {row.rests_on}"
     rests = rests if row.rests_on and row.here in (YES, NO) else ""
-    return f"**{sentence}**: {signed(row.effect)} points{interval}{paper}{rests}."
+    place = f", on {row.place} alone" if row.place else ""
+    return f"**{sentence}**: {signed(row.effect)} points{interval}{place}{paper}{rests}."
 
 
 def save_claims(table: pd.DataFrame, workspace: Workspace) -> Path:
