@@ -59,12 +59,11 @@ IMAGES = {  # the groups of Fig. 3
     "cutpaste_scar": "pasted scars",
 }
 LEAST_CATEGORIES = 3  # fewer say nothing about how categories differ: no interval
-MOST_CATEGORIES = 1000  # that are tried for ``needed``
 AVERAGED = groups(MVTEC.categories)  # the categories of each average that the paper prints
 COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "effect", "error"]
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
-COLUMNS += ["null", "null_effect", "categories", "place", "needed", "compared", "comparisons"]
+COLUMNS += ["null", "null_effect", "categories", "place", "compared", "comparisons"]
 COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
 WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
@@ -174,10 +173,9 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     the first over the second, along a setting the smaller over the larger. ``error`` is its
     standard error, from the seeds. ``margin`` is by how much the first may fall short. The
     intervals are ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere,
-    ``low`` to ``high``, from the lowest lower to the lowest upper end of all; ``needed`` is how
-    many categories would decide the claim there. ``rests_on`` names the categories without which a
-    yes or no here would be another answer. ``paper_effect`` is the paper's, of the same pair and
-    categories. ``null_effect`` is the difference of a baseline.
+    ``low`` to ``high``, from the lowest lower to the lowest upper end of all. ``rests_on`` names
+    the categories without which a yes or no here would be another answer. ``paper_effect`` is the
+    paper's, of the same pair and categories. ``null_effect`` is the difference of a baseline.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
@@ -212,8 +210,6 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
     if row["here"] == OPEN and any(math.isnan(e.error) for e in found.values()):
         row["here"] = ONE_SEED
     row["elsewhere"], row["low"], row["high"] = _answer(found, Estimate.elsewhere, bound, complete)
-    if row["elsewhere"] == OPEN:
-        row["needed"] = _needed([e.gaps - bound for e in found.values()], complete)
     pair = next(iter(found))
     if row["here"] != ONE_SEED:  # what decides: a lower end, of a no an upper end
         end, corrected = (1, len(found)) if row["here"] == NO else (0, 1)
@@ -365,25 +361,6 @@ def _with_null(row: dict, claim, rows: Rows, bound: float) -> dict:
                 if row[question] == alone == YES and not adds:
                     row[question] = UNTRAINED
     return row | dict(zip(("null_effect", "null"), max(nulls, default=()), strict=False))
-
-
-def _needed(gaps: list[pd.Series], complete: bool) -> float:
-    """How many categories would decide a claim; NaN where nothing can be said."""
-    against = [categories_needed(part, len(gaps)) for part in gaps if part.mean() < 0]
-    every = [categories_needed(part) for part in gaps] if complete else [math.nan]
-    return pd.Series(against).min() if against else np.max(every)
-
-
-def categories_needed(gaps: pd.Series, comparisons: int = 1) -> float:
-    """How many categories, these and others like them, would put zero outside the interval.
-
-    Infinitely many above MOST_CATEGORIES; NaN for one category, which says nothing of the spread.
-    """
-    if len(gaps) < 2:
-        return math.nan
-    n = np.arange(max(LEAST_CATEGORIES, len(gaps) + 1), MOST_CATEGORIES + 1)
-    enough = n[t.ppf(1 - 0.025 / comparisons, n - 1) * gaps.std() / np.sqrt(n) < abs(gaps.mean())]
-    return float(enough[0]) if len(enough) else math.inf
 
 
 def summary(table: pd.DataFrame) -> str:
