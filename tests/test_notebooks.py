@@ -281,7 +281,10 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
         "methods = ",
         lambda old, new: (new.aurocs["other size"] != new.aurocs["Table 6"]).any(),
     ),
-    "09.1": ("open_workspace(", lambda old, new: [*new.compared["patch_jitter"]] == [0.1, 0.5]),
+    "09.1": (
+        "open_workspace(",
+        lambda old, new: [*new.compared["patch_jitter"]] == [0.1, 0.1, 0.5, 0.5],
+    ),
     "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),
     "11.2": (
         "open_workspace(",
@@ -301,6 +304,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
         "13_by_hand",
         lambda old, new: new.lines[1].index[-1] == 4 * old.lines[1].index[-1],
     ),
+    "13.2": ("13_by_hand", lambda old, new: not old.lines[0].equals(new.lines[0])),
 }
 TEXTS = {
     f"{path.stem[:2]}.{k}": text

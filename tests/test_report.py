@@ -233,7 +233,8 @@ def test_wide_shows_ours_and_then_the_papers_in_brackets():
     tile = averages.iloc[:1].assign(category="tile", mean=97.0, published_mean=None)
     rows = wide(pd.concat([averages, tile]))
     assert rows.index[1] == "learning rate × 1"
-    assert [*rows] == ["tile", "mean of textures", "mean of objects", "mean of all"]
+    theirs = [f"the paper's mean of {part}" for part in ("textures", "objects", "all")]
+    assert [*rows] == ["tile", *theirs]
     lines = markdown(grid).splitlines()
     assert lines[0] == "| image AUROC, % | bottle | mean of all |"
     assert {line.count("|") for line in lines} == {4}

@@ -202,7 +202,8 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
 
     Columns: the measured categories (all that the paper has if nothing was measured), their
     averages of more than one, and ``average_all``; where the paper prints averages alone, all of
-    them. Rows: methods that have a number; those of Tables 7 and 8 are named by setting and value.
+    them, those without a number of ours last. Rows: methods that have a number; those of Tables 7
+    and 8 are named by setting and value.
     """
     part = with_settings(table[table["metric"] == metric])
     part = part.dropna(subset=["mean", "published_mean"], how="all")
@@ -222,7 +223,11 @@ def wide(table: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
     columns = [c for c in in_order(part["category"]) if c in measured]
     grid = grid.reindex(index=cells["row"].unique(), columns=columns).fillna("")
     names = NAMES | {"average_all": "mean of the kinds"} if measured & {*SYNTHETIC} else NAMES
-    grid = grid.rename(columns=lambda name: names[name])
+    if printed <= {*AVERAGES}:
+        theirs = printed - {*part.dropna(subset="mean")["category"]}
+        grid = grid[sorted(columns, key=theirs.__contains__)]
+        grid = grid.rename(columns={c: f"the paper's {NAMES[c]}" for c in theirs})
+    grid = grid.rename(columns=lambda name: names.get(name, name))
     return grid.rename_axis(index=None, columns=f"{METRIC_NAMES[metric]}, %")
 
 
