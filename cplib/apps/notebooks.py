@@ -119,7 +119,8 @@ def execute(
     """
     prepared = {path: with_parameters(path, parameters) for path in paths}
     jobs = min(most, len(paths), jobs_here())
-    threads = {"OMP_NUM_THREADS": f"{max(1, jobs_here() // jobs)}"} if jobs > 1 else {}
+    # One notebook has as many threads as one of all: a short training's numbers depend on them.
+    threads = {"OMP_NUM_THREADS": f"{max(1, jobs_here() // MOST)}"}
     own = threads | os.environ | (environment or {})
     # The kernels import the code of this command, whose environment may be of another clone.
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH")]))
