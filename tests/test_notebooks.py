@@ -285,6 +285,7 @@ EXERCISES = {  # a part of the last cell that is run before, and what has change
         "open_workspace(",
         lambda old, new: [*new.compared["patch_jitter"]] == [0.1, 0.1, 0.5, 0.5],
     ),
+    "09.2": ("import numpy", lambda old, new: 1 < new.above < 2),
     "10.1": ("perplexity = ", lambda old, new: not old.points[0].allclose(new.points[0])),
     "11.2": (
         "open_workspace(",
