@@ -64,7 +64,7 @@ COLUMNS = ["id", "claim", "source", "here", "paper", "elsewhere", "weakest", "ef
 COLUMNS += ["here_low", "here_high", "low", "high", "margin"]
 COLUMNS += ["paper_effect", "paper_error", "paper_low", "paper_high"]
 COLUMNS += ["null", "null_effect", "categories", "place", "compared", "comparisons"]
-COLUMNS += ["rests_on"]  # of a decided one: the categories without which the answer is another
+COLUMNS += ["rests_on"]  # the categories without which the answer here is another
 WORDS = ["here", "ours", "the paper", "baseline", "like the paper", "elsewhere", "where"]
 
 Rows = dict[str, pd.Series]  # a table's rows: values by category, seed and id of the run
@@ -174,8 +174,8 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
     standard error, from the seeds. ``margin`` is by how much the first may fall short. The
     intervals are ``here_low`` to ``here_high``, of the weakest comparison alone, and, elsewhere,
     ``low`` to ``high``, from the lowest lower to the lowest upper end of all. ``rests_on`` names
-    the categories without which a yes or no here would be another answer. ``paper_effect`` is the
-    paper's, of the same pair and categories. ``null_effect`` is the difference of a baseline.
+    the categories without which a yes, no or open here would be another answer. ``paper_effect`` is
+    the paper's, of the same pair and categories. ``null_effect`` is the difference of a baseline.
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
@@ -219,7 +219,7 @@ def _row(claim, frames: dict[str, pd.DataFrame]) -> dict:
         row["here_low"], row["here_high"] = found[pair].here()
     row["categories"] = min(len(e.gaps) for e in found.values())
     row["place"] = found[pair].gaps.index[0] if row["categories"] == 1 else ""
-    if row["here"] in (YES, NO) and row["categories"] > 1:
+    if row["here"] in (YES, NO, OPEN) and row["categories"] > 1:
         judged = (pairs, rows, along, pooled, bound, complete)
         others = [c for c in places if _without(c, *judged) != row["here"]]
         row["rests_on"] = ", ".join(others)
@@ -374,10 +374,10 @@ def summary(table: pd.DataFrame) -> str:
     )
     text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} on "
     text += f"one seed or one ensemble.\n\n{markdown(grid)}"
-    fragile = table["rests_on"].dropna().ne("").sum()  # from a file, NaN
+    fragile = table["here"][table["rests_on"].fillna("").ne("")].eq(OPEN)  # from a file, NaN
     if decided:
-        text += f"\n{fragile} of the {decided} decided would have another answer if one category "
-        text += "were left out.\n"
+        text += f"\n{(~fragile).sum()} of the {decided} decided would have another answer if one "
+        text += f"category were left out, and so would {fragile.sum()} of the {is_open} open.\n"
     left = table.loc[table["here"] == NOT_MEASURED, "claim"].str.rstrip(".")
     return text + f"\n\nNot measured: {'; '.join(left)}." * (len(left) > 0)
 

@@ -218,7 +218,11 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         text += f"{ratio[after].mean():.1f} on average, {ratio[before].mean():.1f} before training"
         if before != "pretrained" and "pretrained" in ratio:
             text += f", {ratio['pretrained'].mean():.1f} with ImageNet features"
-        text += "."
+        most = ratio[after].idxmax()
+        text += f" (after training {ratio[after].drop(most).mean():.1f} without {most})."
+        for category in light:
+            was, now = (numbers.loc[(category, method), RATIO] for method in (before, after))
+            text += f" Left out is {category}: {was:.1f} before training, {now:.1f} after."
     return text, means
 
 

@@ -246,6 +246,7 @@ def number(mean: float, stderr: float) -> str:
 
 def signed(points: float) -> str:
     """A difference with its sign; one that rounds to zero has none."""
+    points = round(points, 6)  # a half, to the last bit, is one number wherever it stands
     return "0.0" if abs(points) < TIE else f"{points:+.1f}"
 
 
