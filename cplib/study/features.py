@@ -219,7 +219,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         if before != "pretrained" and "pretrained" in ratio:
             text += f", {ratio['pretrained'].mean():.1f} with ImageNet features"
         most = ratio[after].idxmax()
-        text += f" (after training {ratio[after].drop(most).mean():.1f} without {most})."
+        rest = f" (after training {ratio[after].drop(most).mean():.1f} without {most})"
+        text += rest * (len(ratio) > 1) + "."
         for category in light:
             was, now = (numbers.loc[(category, method), RATIO] for method in (before, after))
             text += f" Left out is {category}: {was:.1f} before training, {now:.1f} after."
