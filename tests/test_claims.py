@@ -237,6 +237,9 @@ def test_a_category_without_which_the_answer_is_another_is_named():
     assert (row.here, row.rests_on) == ("yes", places[1])
     text = claims.readable(table)[0]["ours"].item()
     assert text.endswith(f"; another answer if one is left out: {places[1]}")
+    frame.loc[ours & (frame["category"] == places[1]) & (frame["seed"] == 0), "image_auroc"] -= 30
+    (row,) = verdicts({T1: frame}, some).itertuples()
+    assert (row.here, row.rests_on) == ("open", places[1])
 
 
 def test_an_order_measured_in_part_cannot_hold_but_can_fail():

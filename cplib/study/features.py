@@ -221,7 +221,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         most = ratio[after].idxmax()
         rest = f" (after training {ratio[after].drop(most).mean():.1f} without {most})"
         text += rest * (len(ratio) > 1) + "."
-        for category in light:
+        for category in numbers[RATIO].unstack().dropna().index.intersection(light):
             was, now = (numbers.loc[(category, method), RATIO] for method in (before, after))
             text += f" Left out is {category}: {was:.1f} before training, {now:.1f} after."
     return text, means
