@@ -179,11 +179,11 @@ def verdicts(frames: dict[str, pd.DataFrame], claims: pd.DataFrame = CLAIMS) -> 
 
     Here: "yes" if every interval lies above the margin (or zero) and every comparison was measured;
     "no" if one lies below, corrected for the number of comparisons; UNTRAINED if the null holds as
-    well and training adds nothing that is certain; "one seed" where a value has no second seed
-    (along a setting: where no row has one); else "open". Elsewhere is answered in the same way, but
-    one seed is enough. The paper: "agrees" if every difference less the paper's lies within AGREE
-    points; "larger", "smaller" or "opposite" if one lies beyond; else "open"; empty where the paper
-    prints no number.
+    well and what training adds is not certain for each comparison; "one seed" where a value has no
+    second seed (along a setting: no row has one); else "open". Elsewhere is answered in the same
+    way, but one seed is enough. The paper: "agrees" if every difference less the paper's lies
+    within AGREE points; "larger", "smaller" or "opposite" if one lies beyond; else "open"; empty
+    where the paper prints no number.
     """
     return pd.DataFrame([_row(claim, frames) for claim in claims.itertuples()], columns=COLUMNS)
 
@@ -524,8 +524,7 @@ def headline(
     interval = f" [{row.here_low:+.1f}, {row.here_high:+.1f}]"
     sentence = {YES: yes, NO: no}.get(row.here, still_open)
     sentence = alike if alike and _alike(row) else sentence
-    rests = f"; another answer if one is left out: {row.rests_on}"
-    rests = rests if row.rests_on and row.here in (YES, NO) else ""
+    rests = f"; another answer if one is left out: {row.rests_on}" if row.rests_on else ""
     place = f", on {row.place} alone" if row.place else ""
     return f"**{sentence}**: {signed(row.effect)} points{interval}{place}{paper}{rests}."
 

@@ -201,6 +201,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         where, plane = fall.idxmin()
         was, now = (numbers.loc[(where, method), plane] for method in (before, after))
         text += f" Not everywhere: on {where}, *{plane}* falls from {was:.0f} to {now:.0f}."
+    text += " To compare, AUROC of a plane between them and normal images: "
+    text += _beside(means[["plane: real against normal"]], before, after)
     rise = (means.loc[after] - means.loc[before]).drop([RATIO, "plane: real against normal"])
     most = rise.idxmax()
     if rise[most] > 0:
@@ -208,23 +210,33 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
         text += f"\n- *Training* raises *{most}* most, {levels}."
         text += " (Patches and scars were in its training.)" * most.endswith(("patch", "scar"))
     if (every[planes] > HALFWAY).all() and (every.filter(like="Gaussian") > 50).all():
-        text += "\n- **The claims do not show what training adds**: their limits are passed before "
-        text += "training, too."
-    ratio = numbers[RATIO].drop(light, level="category").unstack().dropna()
-    if len(ratio):
-        higher = (ratio[after] > ratio[before]).sum()
-        text += "\n- **Real anomalies in units of the normal spread**: the "
-        text += f"distance ratio is higher in {higher} of {len(ratio)} categories: "
-        text += f"{ratio[after].mean():.1f} on average, {ratio[before].mean():.1f} before training"
-        if before != "pretrained" and "pretrained" in ratio:
-            text += f", {ratio['pretrained'].mean():.1f} with ImageNet features"
-        most = ratio[after].idxmax()
-        rest = f" (after training {ratio[after].drop(most).mean():.1f} without {most})"
-        text += rest * (len(ratio) > 1) + "."
-        for category in numbers[RATIO].unstack().dropna().index.intersection(light):
-            was, now = (numbers.loc[(category, method), RATIO] for method in (before, after))
-            text += f" Left out is {category}: {was:.1f} before training, {now:.1f} after."
-    return text, means
+        text += "\n- **The claims do not show what training adds**: their limits are passed on "
+        text += "average before training, too."
+    here = numbers.xs(after, level="method").drop(light)
+    gap = here["Gaussian: patch"] - here["Gaussian: real"]
+    if gap.max() > MORE:
+        patch, real = here.loc[gap.idxmax(), ["Gaussian: patch", "Gaussian: real"]]
+        text += f"\n- **Finding pasted patches is not finding defects**: on {gap.idxmax()} the "
+        text += f"Gaussian's AUROC is {patch:.0f} for patches, and {real:.0f} for real anomalies."
+    return text + _ratios(numbers[RATIO].unstack().dropna(), before, after, light), means
+
+
+def _ratios(ratio: pd.DataFrame, before: str, after: str, light: list[str]) -> str:
+    """The distance ratios (a category a row, a method a column) in words; "" without any."""
+    left = ratio.loc[ratio.index.intersection(light)]
+    if not len(ratio := ratio.drop(left.index)):
+        return ""
+    mean, most = ratio.mean(), ratio[after].idxmax()
+    text = "\n- **Real anomalies in units of the normal spread**: the distance ratio is higher in "
+    text += f"{(ratio[after] > ratio[before]).sum()} of {len(ratio)} categories: {mean[after]:.1f} "
+    text += f"on average, {mean[before]:.1f} before training"
+    if before != "pretrained" and "pretrained" in ratio:
+        text += f", {mean['pretrained']:.1f} with ImageNet features"
+    rest = f" (after training {ratio[after].drop(most).mean():.1f} without {most})"
+    text += rest * (len(ratio) > 1) + "."
+    for category, row in left.iterrows():
+        text += f" Left out is {category}, from {row[before]:.1f} to {row[after]:.1f}."
+    return text
 
 
 def _beside(means: pd.DataFrame, before: str, after: str) -> str:
