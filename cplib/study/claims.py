@@ -374,7 +374,8 @@ def summary(table: pd.DataFrame) -> str:
     )
     text = f"The paper's {len(table)} claims here: {decided} decided, {is_open} open, {single} on "
     text += f"one seed or one ensemble.\n\n{markdown(grid)}"
-    fragile = table["here"][table["rests_on"].fillna("").ne("")].eq(OPEN)  # from a file, NaN
+    named = table["rests_on"].notna() & table["rests_on"].ne("")  # from a file, NaN
+    fragile = table["here"][named].eq(OPEN)
     if decided:
         text += f"\n{(~fragile).sum()} of the {decided} decided would have another answer if one "
         text += f"category were left out, and so would {fragile.sum()} of the {is_open} open.\n"

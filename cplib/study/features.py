@@ -195,7 +195,7 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     )
     text += f"of one between them and scars: {_beside(means[planes], before, after)}"
     if "about as high" in text:
-        text += f" (*About as high*: the mean difference is at most {MORE} points.)"
+        text += f" (*About as high*: the mean difference is at most {MORE} points; it is no test.)"
     fall = (numbers.xs(after, level="method") - numbers.xs(before, level="method"))[planes].stack()
     if fall.min() < -MORE:
         where, plane = fall.idxmin()
@@ -217,7 +217,8 @@ def findings(numbers: pd.DataFrame, before: str, after: str, light: list[str]):
     if gap.max() > MORE:
         patch, real = here.loc[gap.idxmax(), ["Gaussian: patch", "Gaussian: real"]]
         text += f"\n- **Finding pasted patches is not finding defects**: on {gap.idxmax()} the "
-        text += f"Gaussian's AUROC is {patch:.0f} for patches, and {real:.0f} for real anomalies."
+        text += f"Gaussian's AUROC is {patch:.0f} for patches, and {real:.0f} for real anomalies. "
+        text += "So test a detector on real defects, not on what was pasted."
     return text + _ratios(numbers[RATIO].unstack().dropna(), before, after, light), means
 
 
