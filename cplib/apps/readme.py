@@ -152,7 +152,7 @@ def photos(column: str, statistic: str) -> str:
     """The "mean" or "min" over the categories of a column of ``own``, or "each" of them."""
     values = own()[column]
     if statistic == "each":
-        return ", ".join(f"{category} {value:.0f}" for category, value in values.items())
+        return ", ".join(f"{category} {value:.3g}" for category, value in values.items())
     return f"{values.agg(statistic):.1f}"
 
 
